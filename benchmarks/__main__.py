@@ -1,0 +1,371 @@
+"""One run, one process: ours, flash-linear-attention's Triton kernels (where installed), softmax attention, and the floor.
+
+Calls alternate between the contestants, on inputs that rotate through more memory than the caches hold; medians are printed. The floor is the time
+to read every input once and write every output once (k, v and g once per key/value head) at the copy bandwidth measured between the same calls. The
+results that are timed are compared with fp64 in the same run. Ratios of one run are what counts: figures move by a tenth from run to run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from gsa_ext import chunk_gsa, gsa_step, testing
+from gsa_ext.cli.info import facts
+
+PEER = "flash-linear-attention"
+
+
+class Shape(NamedTuple):
+    B: int
+    T: int
+    HQ: int
+    H: int
+    D: int  # K = V
+    M: int
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.B}x{self.T} {self.HQ}/{self.H} D{self.D} M{self.M} {self.dtype}"
+
+
+GPU = [
+    (4, 4096, 32, 32, 128, 64), (4, 4096, 32, 8, 128, 64), (4, 4096, 32, 32, 128, 128), (4, 4096, 32, 8, 128, 128),
+    (8, 2048, 32, 32, 128, 64), (1, 16384, 32, 32, 128, 64), (1, 65536, 32, 8, 128, 64), (8, 4096, 16, 16, 64, 64), (16, 2048, 4, 4, 512, 64),
+]  # fmt: skip
+CPU = [(1, T, 8, 8, 64, 64) for T in (1024, 2048, 4096, 8192, 16384, 32768)]
+STEPS = [(B, 1, HQ, H, D, 64) for B, HQ, H, D in ((1, 32, 32, 128), (32, 32, 32, 128), (256, 32, 32, 128), (64, 32, 8, 128), (64, 4, 4, 512))]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda; default: cuda where there is one")
+    parser.add_argument("--shapes", nargs="+", metavar="B,T,HQ,H,D,M", help="instead of the default list; D = K = V")
+    parser.add_argument("--dtypes", nargs="+", default=None, help="default: bfloat16 on CUDA, float32 and bfloat16 on the CPU")
+    parser.add_argument("--quick", action="store_true", help="the first shapes only")
+    parser.add_argument("--no-peers", action="store_true", help="ours and the floor only")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="where the JSON and the plot go")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    cuda = device.type == "cuda"
+
+    shapes = [tuple(map(int, s.split(","))) for s in args.shapes] if args.shapes else (GPU if cuda else CPU)
+    shapes = shapes[: 4 if cuda else 3] if args.quick else shapes
+    dtypes = args.dtypes or (["bfloat16"] if cuda else ["float32", "bfloat16"])
+    about = {**facts(), "commit": commit(), "peer": peer_version(), "argv": " ".join(sys.argv[1:]), "date": time.strftime("%Y-%m-%d %H:%M")}
+    for name, value in about.items():
+        print(f"{name:<14}{value}")
+    print()
+
+    rows = []
+    for dtype in dtypes:
+        for numbers in shapes:
+            rows += sequence(Shape(*numbers, dtype), device, not args.no_peers)
+    if cuda and not args.shapes:
+        for numbers in STEPS[:2] if args.quick else STEPS:
+            rows += [step(Shape(*numbers, "bfloat16"), device)]
+    args.out.mkdir(parents=True, exist_ok=True)
+    stem = args.out / f"{device.type}-{time.strftime('%Y%m%d-%H%M%S')}"
+    stem.with_suffix(".json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    plot(rows, about, stem.with_suffix(".png"))
+    print(f"\nwritten: {stem}.json, {stem}.png")
+    wrong = [row for row in rows if not row["correct"]]
+    for row in wrong:
+        print(f"WRONG: {row['shape']} {row['what']}: {row['errors']}")
+    return 1 if wrong else 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------- contestants
+
+
+def fla() -> Any:
+    try:
+        import fla.ops.gsa
+
+        return fla.ops.gsa
+    except ImportError:
+        return None
+
+
+def peer_version() -> str:
+    if fla() is None:
+        return f"{PEER}: absent (pip install '.[bench]')"
+    for name in (PEER, "fla-core"):
+        try:
+            return f"{PEER} {metadata.version(name)}"
+        except metadata.PackageNotFoundError:
+            pass
+    return f"{PEER} {sys.modules['fla'].__version__}"
+
+
+class Contestant(NamedTuple):
+    name: str
+    forward: Callable[..., torch.Tensor]  # of the leaves
+    leaves: list[list[torch.Tensor]]  # one list for each set of inputs
+
+
+def contestants(shape: Shape, device: torch.device, sets: int, peers: bool) -> tuple[list[Contestant], list[str]]:
+    """Who can run this shape, and a note on each who cannot."""
+    inputs = [make(shape, device, seed) for seed in range(sets)]
+    r, found, notes = shape.HQ // shape.H, [], []
+
+    def leaves(names: str, wide: bool = False, heads_first: bool = False) -> list[list[torch.Tensor]]:
+        out = []
+        for x in inputs:
+            tensors = [x[n].repeat_interleave(r, 2) if wide and n != "q" else x[n] for n in names]
+            out.append([(t.transpose(1, 2).contiguous() if heads_first else t).detach().requires_grad_() for t in tensors])
+        return out
+
+    found.append(Contestant("ours", lambda q, k, v, g: chunk_gsa(q, k, v, None, g)[0], leaves("qkvg")))
+    if not peers:
+        return found, notes
+    if device.type == "cuda":
+        if fla() is not None:
+            for x in inputs:
+                x["s"] = -torch.expm1(x["g"].float()).to(x["g"])
+            # it wants k, v, s and g repeated to the query heads; that is done beforehand and not timed
+            found.append(Contestant("fla", lambda q, k, v, s, g: fla().chunk_gsa(q, k, v, s, g, scale=shape.D**-0.5)[0], leaves("qkvsg", wide=True)))
+        else:
+            notes.append(f"{PEER} is absent")
+    if shape.D <= 256:
+        wide = leaves("qkv", wide=True, heads_first=True)
+        if device.type == "cpu":
+            found.append(Contestant("sdpa", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), wide))
+        else:
+            from torch.nn.attention import SDPBackend, sdpa_kernel
+
+            def cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+                with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+            try:
+                cudnn(*wide[0])
+                found.append(Contestant("cudnn", cudnn, wide))
+            except RuntimeError as error:
+                notes.append(f"cuDNN attention refuses: {str(error).splitlines()[0]}")
+    return found, notes
+
+
+def make(shape: Shape, device: torch.device, seed: int) -> dict[str, Any]:
+    """Random tensors made where they are used."""
+    generator = torch.Generator(device).manual_seed(seed)
+    B, T, HQ, H, D, M, dtype = shape
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator, device=device).to(getattr(torch, dtype))
+
+    return {"q": normal(B, T, HQ, D), "k": normal(B, T, H, D), "v": normal(B, T, H, D), "g": F.logsigmoid(normal(B, T, H, M)) / 8}
+
+
+# ---------------------------------------------------------------------------------------------------------------------- measuring
+
+
+def alternate(calls: dict[str, Callable[[int], Any]], cuda: bool, seconds: float) -> dict[str, float]:
+    """Median ms of each call, called in turns with the number of the turn."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    began = time.perf_counter()
+    turn = -2 if cuda else -1  # turns to warm up
+    while turn < 3 or (turn < 30 and time.perf_counter() - began < seconds):
+        for name, call in calls.items():
+            if not cuda:
+                start = time.perf_counter()
+                call(turn)
+                elapsed = (time.perf_counter() - start) * 1e3
+            else:
+                a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                a.record()
+                call(turn)
+                b.record()
+                b.synchronize()
+                elapsed = a.elapsed_time(b)
+            if turn >= 0:
+                times[name].append(elapsed)
+        turn += 1
+        if turn >= 1 and time.perf_counter() - began > 20 * seconds:  # one turn of something very slow
+            break
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def copier(device: torch.device) -> tuple[Callable[[int], Any], int]:
+    """A copy that no cache holds, and the bytes it reads and writes."""
+    size = (1 << 30) if device.type == "cuda" else (1 << 28)
+    a = torch.ones(size // 4, dtype=torch.float32, device=device)
+    b = torch.empty_like(a)
+    return lambda turn: b.copy_(a), 2 * size
+
+
+def sequence(shape: Shape, device: torch.device, peers: bool) -> list[dict[str, Any]]:
+    """Forward, and forward with backward, of one shape."""
+    cuda = device.type == "cuda"
+    B, T, HQ, H, D, M, dtype = shape
+    width = getattr(torch, dtype).itemsize
+    q, kv, g = (B * T * n * width for n in (HQ * D, 2 * H * D, H * M))
+    floor_bytes = {"forward": 2 * q + kv + g, "forward+backward": (2 * q + kv + g) + (3 * q + 2 * kv + 2 * g)}
+    sets = min(8, max(2, math.ceil(256e6 / (q + kv + g)))) if cuda else 2
+    entries, notes = contestants(shape, device, sets, peers)
+    errors, correct = accuracy(shape, device, [c.name for c in entries])
+    copy, copied = copier(device)
+    rows = []
+    for what in ("forward", "forward+backward"):
+        calls: dict[str, Callable[[int], Any]] = {}
+        memory = {}
+        for c in entries:
+            cotangents = [torch.randn_like(c.forward(*c.leaves[0]))]
+
+            def call(turn: int, c: Contestant = c, cotangents: list[torch.Tensor] = cotangents, train: bool = what != "forward") -> None:
+                leaves = c.leaves[turn % len(c.leaves)]
+                if not train:
+                    with torch.no_grad():
+                        c.forward(*leaves)
+                else:
+                    torch.autograd.grad(c.forward(*leaves), leaves, cotangents)
+
+            calls[c.name] = call
+            if cuda:
+                call(0)
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                call(0)
+                torch.cuda.synchronize()
+                memory[c.name] = (torch.cuda.max_memory_allocated() - before) / 2**20
+        ms = alternate({**calls, "copy": copy}, cuda, 3.0)
+        bandwidth = copied / ms.pop("copy") * 1e3
+        floor = floor_bytes[what] / bandwidth * 1e3
+        row = {
+            "shape": str(shape), **shape._asdict(), "what": what, "ms": ms, "floor_ms": floor, "copy_GBps": bandwidth / 1e9,
+            "GBps": floor_bytes[what] / ms["ours"] / 1e6, "percent_of_floor": 100 * floor / ms["ours"], "peak_MiB": memory,
+            "speedup": {name: value / ms["ours"] for name, value in ms.items() if name != "ours"},
+            "errors": errors, "correct": correct, "notes": notes,
+        }  # fmt: skip
+        show(row)
+        rows.append(row)
+    return rows
+
+
+def step(shape: Shape, device: torch.device) -> dict[str, Any]:
+    """One token of decoding, fp32 state."""
+    B, _, HQ, H, D, M, dtype = shape
+    sets = min(64, max(2, math.ceil(256e6 / (8 * B * H * M * D))))
+    inputs = [{name: t[:, 0] for name, t in make(shape, device, seed).items()} for seed in range(4)]
+    states = [(torch.zeros(B, H, D, M, device=device), torch.zeros(B, H, M, D, device=device)) for _ in range(sets)]
+
+    def ours(turn: int) -> None:
+        x = inputs[turn % len(inputs)]
+        gsa_step(x["q"], x["k"], x["v"], None, x["g"], states[turn % sets])
+
+    calls: dict[str, Callable[[int], Any]] = {"ours": ours}
+    for turn in range(3):
+        ours(turn)
+    graph = torch.cuda.CUDAGraph()  # without the time of launching from Python
+    with torch.cuda.graph(graph):
+        for turn in range(sets):
+            ours(turn)
+    calls["ours, 1 of a graph"] = lambda turn: graph.replay()
+    if fla() is not None:
+        r = HQ // H
+        wide = [{n: (t if n == "q" else t.repeat_interleave(r, 1))[:, None] for n, t in x.items()} for x in inputs]
+        wide_states = [tuple(t.repeat_interleave(r, 1) for t in s) for s in states[: max(2, sets // r)]]
+
+        def theirs(turn: int) -> None:
+            x = wide[turn % len(wide)]
+            s = -torch.expm1(x["g"].float()).to(x["g"])
+            state = wide_states[turn % len(wide_states)]
+            fla().fused_recurrent_gsa(x["q"], x["k"], x["v"], s, x["g"], scale=D**-0.5, initial_state=state, output_final_state=True)
+
+        with torch.no_grad():
+            theirs(0)
+        calls["fla"] = theirs
+    copy, copied = copier(device)
+    with torch.no_grad():
+        ms = alternate({**calls, "copy": copy}, True, 3.0)
+    ms["ours, 1 of a graph"] /= sets
+    bandwidth = copied / ms.pop("copy") * 1e3
+    nbytes = 2 * 4 * M * 2 * D * H * B + sum(t.numel() * t.element_size() for t in inputs[0].values()) + inputs[0]["q"].numel() * 2
+    x = testing.make_inputs(min(B, 2), 20, HQ // H, 1, D, D, M, dtype=getattr(torch, dtype), device=device)
+    rows = testing.compare(testing.stepwise, x, gradients=False)
+    row = {
+        "shape": str(shape), **shape._asdict(), "what": "step", "ms": ms, "floor_ms": nbytes / bandwidth * 1e3, "copy_GBps": bandwidth / 1e9,
+        "GBps": nbytes / ms["ours, 1 of a graph"] / 1e6, "percent_of_floor": 100 * nbytes / bandwidth * 1e3 / ms["ours, 1 of a graph"], "peak_MiB": {},
+        "speedup": {name: value / ms["ours"] for name, value in ms.items() if name == "fla"},
+        "errors": {"ours": {r.name: r.error for r in rows}}, "correct": all(r.ok for r in rows), "notes": [],
+    }  # fmt: skip
+    show(row)
+    return row
+
+
+def accuracy(shape: Shape, device: torch.device, names: list[str]) -> tuple[dict[str, dict[str, float]], bool]:
+    """Errors against fp64 over 512 tokens, outputs and gradients: ours on one key/value head, to be within tolerance; the peer's are reported."""
+    x = testing.make_inputs(1, min(shape.T, 512), shape.HQ // shape.H, 1, shape.D, shape.D, shape.M, dtype=getattr(torch, shape.dtype), device=device)
+    rows = testing.compare(chunk_gsa, x)
+    errors = {"ours": {row.name: row.error for row in rows}}
+    if "fla" in names and shape.HQ == shape.H:  # with the heads that it is timed with: its kernels are tuned for each number of heads
+        x = testing.make_inputs(1, min(shape.T, 512), shape.HQ, None, shape.D, shape.D, shape.M, dtype=getattr(torch, shape.dtype), device=device)
+        x["s"], x["scale"] = -torch.expm1(x["g"].float()).to(x["g"]), shape.D**-0.5
+        truth, got = testing.results(testing.vectorised_gsa, x, double=True), testing.results(fla().chunk_gsa, x)
+        errors["fla"] = {name: testing.error(got[name], truth[name]) for name in ("o", "dq", "dk", "dv", "ds", "dg")}
+    return errors, all(row.ok for row in rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- telling
+
+
+def show(row: dict[str, Any]) -> None:
+    line = "  ".join(f"{name} {ms:.3f}" for name, ms in row["ms"].items())
+    ratios = "  ".join(f"{value:.2f}x {name}" for name, value in row["speedup"].items())
+    memory = "  ".join(f"{name} {value:.0f}" for name, value in row["peak_MiB"].items())
+    worst = "  ".join(f"{who} o {e['o']:.1e} worst {max(e, key=e.__getitem__)} {max(e.values()):.1e}" for who, e in row["errors"].items())
+    print(f"{row['shape']:<36} {row['what']:<17} ms: {line}  floor {row['floor_ms']:.3f} (copy {row['copy_GBps']:.0f} GB/s)")
+    more = ("; speed: " + ratios if ratios else "") + ("; MiB: " + memory if memory else "")
+    print(f"{'':<54} ours: {row['GBps']:.0f} GB/s, {row['percent_of_floor']:.0f} % of floor{more}")
+    print(f"{'':<54} error: {worst}{'' if row['correct'] else '  WRONG'}{'; ' + '; '.join(row['notes']) if row['notes'] else ''}", flush=True)
+
+
+def commit() -> str:
+    try:
+        root = Path(__file__).resolve().parent
+        found = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
+        return found.stdout.strip() or "unknown"
+    except OSError:
+        return "unknown"
+
+
+def plot(rows: list[dict[str, Any]], about: dict[str, str], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in rows if row["what"] != "step"] or rows
+    what = list(dict.fromkeys(row["what"] for row in rows))
+    figure, axes = pyplot.subplots(len(what), 1, figsize=(max(8, 0.9 * len(rows)), 4.5 * len(what)), squeeze=False)
+    for axis, kind in zip(axes[:, 0], what):
+        chosen = [row for row in rows if row["what"] == kind]
+        names = [*dict.fromkeys(name for row in chosen for name in row["ms"]), "floor"]
+        for i, name in enumerate(names):
+            values = [row["floor_ms"] if name == "floor" else row["ms"].get(name, math.nan) for row in chosen]
+            axis.bar([x + i * 0.8 / len(names) for x in range(len(chosen))], values, 0.8 / len(names), label=name)
+        axis.set_yscale("log")
+        axis.set_ylabel("ms")
+        axis.set_title(f"{kind}, {about.get('cuda:0', about['cpu']).split(',')[0] if rows[0]['shape'] else ''}, torch {torch.__version__}", fontsize=10)
+        axis.set_xticks([x + 0.3 for x in range(len(chosen))], [row["shape"] for row in chosen], rotation=25, ha="right", fontsize=7)
+        axis.legend()
+        axis.grid(axis="y", alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

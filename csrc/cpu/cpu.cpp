@@ -1,0 +1,57 @@
+// The CPU backend's front door: picks the kernels of the best instruction set this machine has, and lends them torch's threads.
+//
+// Workspace and boundary states are not used on the CPU: scratch belongs to a thread and is reused from cache, and recomputing a
+// state costs less than fetching it from memory. So checkpoint_level cannot change a bit.
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <string_view>
+
+#include "kernels.h"
+
+namespace gsa::cpu {
+namespace {
+
+// ATEN_CPU_CAPABILITY (torch's own switch: default, avx2, avx512) is honoured, so that one setting tests every path.
+const Kernels& choose() {
+#if defined(__x86_64__)
+  const char* wish = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string_view limit = wish ? wish : "avx512";
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && limit != "default";
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && limit != "avx2";
+  if (avx512) return avx512_kernels();
+  if (avx2) return avx2_kernels();
+#endif
+  return baseline_kernels();
+}
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+}  // namespace
+
+void parallel(int64_t items, void (*body)(const void*, Items&), const void* context) {
+  if (items <= 0) return;
+  Items queue(items);
+  const int64_t threads = std::min<int64_t>(items, at::get_num_threads());
+  if (threads == 1) return body(context, queue);
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) { body(context, queue); });
+}
+
+int64_t forward_workspace(const Params&) { return 0; }
+int64_t backward_workspace(const Params&) { return 0; }
+int64_t recurrent_workspace(const Params&) { return 0; }
+
+void chunk_forward(const ForwardParams& p) { kernels().chunk_forward(p); }
+void chunk_backward(const BackwardParams& p) { kernels().chunk_backward(p); }
+void recurrent_forward(const ForwardParams& p) { kernels().recurrent_forward(p); }
+void step(const StepParams& p) { kernels().step(p); }
+void abc_gates(const AbcParams& p) { kernels().abc_gates(p); }
+void abc_gates_backward(const AbcParams& p) { kernels().abc_gates_backward(p); }
+
+}  // namespace gsa::cpu

@@ -1,0 +1,148 @@
+// Chunked forward, portable (sm_80 and up): states at the chunk boundaries (core/scan.cuh), then every chunk by itself:
+//
+//     A1 = tril(scale q k^T)                                              [C x C]
+//     o1 = exp(G) (scale q Hk) + sum_j A1_ij s_j exp(G_i - G_j)           [C x M]      core/chunk.cuh, Triangle::apply
+//     p  = softmax(o1)                                                    [C x M]
+//     A2 = tril(sum_m p_im s_jm exp(G_im - G_jm))                         [C x C]      Triangle::contract
+//     o  = A2 v + (p exp(G)) Hv                                           [C x V]
+//
+// A block has one chunk of one query head, a warp 16 of its rows; A1, o1, p, A2 never leave registers. Diagonals (j = i) are added in fp32.
+// Shared memory: gates (R, lambda), S [C][MP], and a region for the slices of q, k, Hk (then v, Hv) that slow blocks use as scratch in between.
+#include "core/scan.cuh"
+#include "core/select.cuh"
+#include "core/tile_io.cuh"
+
+namespace gsa::cuda {
+namespace {
+
+template <class Cfg>
+struct OutputShared {
+  using E = typename Cfg::E;
+  static constexpr bool needs_S = !(Cfg::fp32 && Cfg::NB == 1);
+  static constexpr int64_t slices = 2 * arena(Cfg::C * Cfg::ldd, sizeof(E)) + arena(Cfg::DS * Cfg::ldm, sizeof(E));
+  static constexpr int64_t y_scratch = arena(Cfg::NB * Triangle<Cfg>::y_floats, 4);
+  // fp32 operands live in the scratch while slices stream by; in 16 bit they live in registers, and slices and scratch share their room.
+  static constexpr int64_t region = Cfg::fp32 ? slices + y_scratch : (slices > y_scratch ? slices : y_scratch);
+  static constexpr int64_t bytes = Gates<Cfg>::bytes + (needs_S ? arena(Cfg::C * Cfg::lds, 4) : 0) + arena(Cfg::NB * Triangle<Cfg>::x_floats, 4) + region;
+  static_assert(bytes <= 101376, "99 KB is what every GPU from sm_80 on has");
+};
+
+template <class Cfg>
+__global__ __launch_bounds__(Cfg::threads) void chunk_output(const __grid_constant__ ForwardParams p, const void* boundary) {
+  using E = typename Cfg::E;
+  using A = Arith<E>;
+  constexpr int C = Cfg::C, MP = Cfg::MP, MT = Cfg::MT, CT = Cfg::CT, DS = Cfg::DS, DT = Cfg::DT, NB = Cfg::NB, ldm = Cfg::ldm, ldd = Cfg::ldd;
+  const int64_t q_head = blockIdx.x % p.HQ, head = q_head / (p.HQ / p.H);
+  Chunk c;
+  if (!find_chunk(p, blockIdx.x / p.HQ, C, c)) return;
+  const int warp = threadIdx.x / 32;
+
+  extern __shared__ __align__(16) char shared[];
+  Arena mem{shared};
+  Gates<Cfg> gates(mem, p, c, head);
+  float* S = OutputShared<Cfg>::needs_S ? mem.take<float>(C * Cfg::lds) : nullptr;
+  float* x_scratch = mem.take<float>(NB * Triangle<Cfg>::x_floats) + warp * Triangle<Cfg>::x_floats;
+  char* region = mem.p;
+  float* y_scratch = reinterpret_cast<float*>(region + (Cfg::fp32 ? OutputShared<Cfg>::slices : 0)) + warp * Triangle<Cfg>::y_floats;
+  Arena slices{region};
+  E* x_s = slices.take<E>(C * ldd);                        // q
+  E* y_s = slices.take<E>(C * ldd);                        // k, v
+  E* h_s = slices.take<E>(DS * ldm);                       // Hk, Hv
+  const E* states = static_cast<const E*>(boundary) + (c.slot * p.H + head) * (p.K + p.V) * p.M;
+  const Triangle<Cfg> triangle{gates, S, x_scratch, y_scratch, warp};
+
+  gates.fill(S, Cfg::lds);
+
+  float o1[MT][4], x[CT][4];
+  zero(o1);
+  zero(x);
+  for (int d = 0; d < p.K; d += DS) {
+    __syncthreads();
+    load_tile<Cfg::threads, E, C, DS>(x_s, ldd, rows_of(p.q, c, q_head), c.length, d, p.K);
+    load_tile<Cfg::threads, E, C, DS>(y_s, ldd, rows_of(p.k, c, head), c.length, d, p.K);
+    load_tile<Cfg::threads, E, DS, MP>(h_s, ldm, rows_of(states + int64_t(d) * p.M, p.M, DType(p.math == Math::exact ? DType::f32 : p.q.dtype)), p.K - d, 0, p.M);
+    cp_async_wait();
+    __syncthreads();
+    typename A::template Op<DS> q;
+    A::template from_tile<DS>(q, x_s + warp * 16 * ldd, ldd);
+#pragma unroll
+    for (int J = 0; J < NB; ++J)
+      if (J <= warp) A::template mma_nt<2, DS>(x + 2 * J, q, y_s + J * 16 * ldd, ldd);
+    A::template mma_nn<MT, DS>(o1, q, h_s, ldm);
+  }
+  const float scale = static_cast<float>(p.scale);
+#pragma unroll
+  for (int t = 0; t < MT; ++t)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) o1[t][e] *= scale;
+#pragma unroll
+  for (int t = 0; t < CT; ++t)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) x[t][e] *= scale;
+
+  __syncthreads();                                         // the slices' room becomes scratch
+  float d[2];
+  triangle.split_diagonal(x, d);
+  triangle.apply(o1, x);
+  add_diagonal_writes<Cfg>(gates, S, o1, d, warp);
+  softmax_rows<Cfg>(o1, p.M);
+  diagonal_of<Cfg>(gates, S, o1, warp, d);
+  triangle.contract(x, o1);                                // o1 is now p exp(G)
+  triangle.add_diagonal(x, d);
+
+  typename A::template Split<C> a2;
+  typename A::template Op<MP> pg;
+  A::template from_acc_split<C>(a2, x, x_scratch, Cfg::ldx);
+  A::template from_acc<MP>(pg, o1, y_scratch, Triangle<Cfg>::ldy);
+  for (int v = 0; v < p.V; v += DS) {
+    __syncthreads();
+    load_tile<Cfg::threads, E, C, DS>(y_s, ldd, rows_of(p.v, c, head), c.length, v, p.V);
+    load_tile<Cfg::threads, E, DS, MP>(h_s, ldm, rows_of(states + int64_t(p.K + v) * p.M, p.M, DType(p.math == Math::exact ? DType::f32 : p.q.dtype)), p.V - v, 0, p.M);
+    cp_async_wait();
+    __syncthreads();
+    float o[DT][4];
+    zero(o);
+#pragma unroll
+    for (int J = 0; J < NB; ++J)
+      if (J <= warp) A::template mma_nn<DT, 16>(o, a2.block(J), y_s + J * 16 * ldd, ldd);
+    A::template mma_nt<DT, MP>(o, pg, h_s, ldm);
+    store_rows<E, DT>(rows_of(p.o, c, q_head), o, warp * 16, c.length, v, p.V);
+  }
+}
+
+int64_t boundary_bytes(const Params& p) {
+  const int64_t C = chunk_length(p.q.dtype, p.math, p.M);
+  const bool fp32 = p.q.dtype == DType::f32 || p.math == Math::exact;
+  return boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, C) * p.H * (p.K + p.V) * p.M * (fp32 ? 4 : 2);
+}
+
+}  // namespace
+
+int64_t forward_workspace(const Params& p) { return p.boundary ? 0 : boundary_bytes(p); }
+
+// Boundary states and final states, also for the backward that did not keep them.
+void forward_states(const Params& p, void* boundary, void* hkT, void* hvT) {
+  select_config(p, [&]<class Cfg>() {
+    const int64_t slices = ceil_div(p.K, kStateRows) + ceil_div(p.V, kStateRows);
+    ScanParams a{};
+    a.base = p;
+    a.out = boundary;
+    a.hk_in = p.hk0, a.hv_in = p.hv0, a.in_broadcast = p.h0_broadcast;
+    a.hk_out = hkT, a.hv_out = hvT;
+    a.x_k = p.k, a.x_v = p.v;
+    launch("state_scan", state_scan<Cfg, false>, p.N * p.H * slices, 256, ScanShared<Cfg, false>::bytes, p.stream, a);
+  });
+}
+
+void chunk_forward(const ForwardParams& p) {
+  require_device();
+  void* boundary = p.boundary ? p.boundary : p.workspace;
+  forward_states(p, boundary, p.hkT, p.hvT);
+  select_config(p, [&]<class Cfg>() {
+    static_assert(true);
+    const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, Cfg::C);
+    launch("chunk_output", chunk_output<Cfg>, slots * p.HQ, Cfg::threads, OutputShared<Cfg>::bytes, p.stream, p, static_cast<const void*>(boundary));
+  });
+}
+
+}  // namespace gsa::cuda

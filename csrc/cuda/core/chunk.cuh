@@ -1,0 +1,567 @@
+// What the chunk kernels share: which tokens a block works on, tiles in shared memory, and the gates of a chunk.
+//
+// Gates. A chunk of C tokens is cut into blocks of 16 rows. With a_t = exp(g_t), for row i of block I (start i0, end i1) and slot m:
+//     U_i = a_{i0} ... a_i                 decay from the block's start            lambda_I = a_{i0} ... a_{i1} = U_{i1}
+//     W_i = a_{i+1} ... a_{i1}             decay to the block's end
+// so that for j in an earlier block J < I:  exp(G_i - G_j) = U_i lambda_{I-1} ... lambda_{J+1} W_j, all factors <= 1: nothing can overflow, and
+// sums over J are Horner schemes in lambda over the tile S = s W. Inside one block exp(G_i - G_j) = W_j / W_i when lambda > smallest for every slot (a
+// "fast" block: tensor cores, rows scaled by 1 / W_i); otherwise ("slow" block: strong gates, resets) the 16 x 16 products are done exactly in fp32
+// from the a_t themselves, and rows are scaled by U_i. Decays are products of a_t, not exponentials of sums: their error does not grow with the exponent.
+#pragma once
+#include <type_traits>
+
+#include "launch.cuh"
+#include "mma.cuh"
+
+namespace gsa::cuda {
+
+// E: type of the tiles of inputs and states. Products with decays (S, p U) have fp32 tiles, in TF32 on the tensor cores when E has 16 bits: at 8 bits
+// their rounding alone would put o, dq, dv and dg above the accuracy that the op promises.
+// MP: slots, padded. C: tokens per chunk. DS: columns of K or V in shared memory at a time.
+template <class E_, int MP_, int C_, int DS_>
+struct Config {
+  using E = E_;
+  using X = std::conditional_t<sizeof(E_) == 4, Arith<float>, Tf32>;
+  static constexpr int MP = MP_, C = C_, DS = DS_;
+  static constexpr bool fp32 = sizeof(E) == 4;
+  static constexpr int NB = C / 16;                       // row blocks = warps of the chunk kernels
+  static constexpr int threads = NB * 32;
+  static constexpr int MT = MP / 8, CT = C / 8, DT = DS / 8;
+  static constexpr int pad = Arith<E>::pad;
+  static constexpr int ldm = MP + pad, ldd = DS + pad;              // row strides of [..][MP], [..][DS] tiles of E
+  static constexpr int ldu = MP + 8;                      // of fp32 [..][MP] tiles read as accumulators
+  static constexpr int lds = MP + 4, ldx = C + 4;         // of fp32 [..][MP], [..][C] tiles that X reads
+  static constexpr int SC = fp32 || MP == 64 ? MP : MP / 2;   // slots that a slow block's scratch holds at a time
+  static constexpr float smallest = fp32 ? 2.f : 1e-26f;  // fp32: every block is "slow", that is exact
+};
+
+struct Sequence {
+  int64_t n, begin, end, chunks, slot;                    // slot of its first chunk
+  __device__ int64_t length() const { return end - begin; }
+};
+
+__device__ inline int64_t bound(const Params& p, int64_t n) {
+  const int64_t x = p.cu_seqlens_64 ? static_cast<const int64_t*>(p.cu_seqlens)[n] : static_cast<const int32_t*>(p.cu_seqlens)[n];
+  return min(max(x, int64_t(0)), p.T);                    // contents are not trusted: no token outside the tensors is ever addressed
+}
+
+__device__ inline Sequence sequence(const Params& p, int64_t n, int C) {
+  Sequence s;
+  s.n = n;
+  if (p.cu_seqlens) {
+    s.begin = bound(p, n);
+    s.end = max(bound(p, n + 1), s.begin);
+  } else {
+    s.begin = 0, s.end = p.T;
+  }
+  s.chunks = (s.length() + C - 1) / C;
+  s.slot = boundary_slot(p.cu_seqlens != nullptr, s.begin, p.T, n, C);
+  return s;
+}
+
+// The chunk of a boundary slot. False for slots that belong to none.
+struct Chunk {
+  Sequence seq;
+  int64_t index, slot;
+  int length;                                             // tokens, 1 .. C
+  int64_t first;                                          // position of its first token
+  int step;                                               // +1, or -1 in reverse
+  int64_t batch;
+  __device__ int64_t token(int i) const { return first + i * step; }
+  __device__ void select(const Params& p, int64_t c, int C) {
+    index = c;
+    slot = seq.slot + c;
+    const int64_t left = seq.length() - c * C;
+    length = static_cast<int>(left < C ? left : C);
+    first = p.reverse ? seq.end - 1 - c * C : seq.begin + c * C;
+    step = p.reverse ? -1 : 1;
+    batch = p.cu_seqlens ? 0 : seq.n;
+  }
+};
+
+__device__ inline bool find_chunk(const Params& p, int64_t slot, int C, Chunk& c) {
+  int64_t n;
+  if (p.cu_seqlens) {
+    int64_t lo = 0, hi = p.N;                             // the last n whose first slot is <= slot
+    while (hi - lo > 1) {
+      const int64_t mid = (lo + hi) / 2;
+      if (first_slot(bound(p, mid), mid, C) <= slot) lo = mid; else hi = mid;
+    }
+    n = lo;
+  } else {
+    n = slot / (p.T / C + 2);
+  }
+  c.seq = sequence(p, n, C);
+  const int64_t i = slot - c.seq.slot;
+  if (i < 0 || i >= c.seq.chunks) return false;
+  c.select(p, i, C);
+  return true;
+}
+
+__device__ inline int element_size(DType t) { return t == DType::f32 ? 4 : 2; }
+__device__ inline float load_as_float(const void* p, int64_t i, DType t) {
+  return t == DType::f32 ? static_cast<const float*>(p)[i] : t == DType::bf16 ? to_float(static_cast<const bf16*>(p)[i]) : to_float(static_cast<const half*>(p)[i]);
+}
+__device__ inline void store_as(void* p, int64_t i, DType t, float x) {
+  if (t == DType::f32) static_cast<float*>(p)[i] = x;
+  else if (t == DType::bf16) static_cast<bf16*>(p)[i] = from_float<bf16>(x);
+  else static_cast<half*>(p)[i] = from_float<half>(x);
+}
+
+// Rows of one head: row i is at ptr + (base + i * step) elements.
+struct Rows {
+  const void* ptr;
+  int64_t base, step;
+  DType dtype;
+  __device__ int64_t at(int i) const { return base + i * step; }
+};
+__device__ inline Rows rows_of(const View& x, const Chunk& c, int64_t head) {
+  return {x.ptr, c.batch * x.batch + c.first * x.token + head * x.head, c.step * x.token, x.dtype};
+}
+template <class T>
+__device__ inline Rows rows_of(const T* p, int64_t step, DType dtype) { return {p, 0, step, dtype}; }
+
+__device__ inline void cp_async16(void* dst, const void* src, bool valid) {
+  const uint32_t d = static_cast<uint32_t>(__cvta_generic_to_shared(dst));
+  const int bytes = valid ? 16 : 0;                       // 0: the 16 bytes are zeroed
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(d), "l"(src), "r"(bytes) : "memory");
+}
+__device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int pending>
+__device__ inline void cp_async_wait_for() { asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory"); }   // all but the last `pending` groups
+__device__ inline void cp_async_wait() { asm volatile("cp.async.commit_group;\ncp.async.wait_group 0;" ::: "memory"); }
+
+// The general case of load_tile: any alignment, any type into fp32. Rare, so not inlined.
+template <class E>
+__device__ __noinline__ void load_tile_slowly(E* tile, int ld, Rows src, int ROWS, int COLS, int rows, int col, int cols, int tid, int threads) {
+  for (int e = tid; e < ROWS * COLS; e += threads) {
+    const int i = e / COLS, j = e % COLS;
+    const bool valid = i < rows && col + j < cols;
+    if constexpr (sizeof(E) == 2)
+      tile[i * ld + j] = valid ? static_cast<const E*>(src.ptr)[src.at(i) + col + j] : from_float<E>(0.f);
+    else
+      tile[i * ld + j] = valid ? load_as_float(src.ptr, src.at(i) + col + j, src.dtype) : 0.f;
+  }
+}
+
+// tile[ROWS][ld] = rows 0 .. rows-1, columns col .. col+COLS-1 of src, zero outside [rows) x [cols). Asynchronous where the addresses are
+// multiples of 16 bytes (cp_async_wait and a barrier before use). THREADS take part, tid is this one's number among them.
+template <int THREADS, class E, int ROWS, int COLS>
+__device__ inline void load_tile(E* tile, int ld, const Rows& src, int rows, int col, int cols, int tid = threadIdx.x) {
+  constexpr int width = 16 / sizeof(E), across = COLS / width;      // 16-byte pieces in a row
+  const bool same = sizeof(E) == 2 || src.dtype == DType::f32;
+  const bool wide = same && ((reinterpret_cast<uintptr_t>(src.ptr) | (src.base * sizeof(E)) | (src.step * sizeof(E)) | (cols * sizeof(E))) & 15) == 0;
+  if (!wide) return load_tile_slowly<E>(tile, ld, src, ROWS, COLS, rows, col, cols, tid, THREADS);
+  if constexpr (across <= THREADS) {
+    constexpr int down = THREADS / across, steps = (ROWS + down - 1) / down;
+    const int i0 = tid / across, j = tid % across * width;
+    const char* from = static_cast<const char*>(src.ptr) + (src.at(i0) + col + j) * int64_t(sizeof(E));
+    const int64_t stride = src.step * down * int64_t(sizeof(E));
+    E* to = tile + i0 * ld + j;
+    const int last = col + j < cols ? rows : 0;
+#pragma unroll
+    for (int s = 0; s < steps; ++s, from += stride) {
+      if (ROWS % down == 0 || i0 + s * down < ROWS) {
+        const bool valid = i0 + s * down < last;
+        cp_async16(to + s * down * ld, valid ? from : static_cast<const char*>(src.ptr), valid);
+      }
+    }
+  } else {
+    for (int e = tid; e < ROWS * across; e += THREADS) {
+      const int i = e / across, j = e % across * width;
+      const bool valid = i < rows && col + j < cols;
+      cp_async16(tile + i * ld + j, static_cast<const char*>(src.ptr) + (valid ? (src.at(i) + col + j) * int64_t(sizeof(E)) : 0), valid);
+    }
+  }
+}
+
+// 1 - exp(g) without cancellation.
+__device__ inline float coupled_write(float g) {
+  if (g < -0.25f) return 1.f - expf(g);
+  return -g * fmaf(g, fmaf(g, fmaf(g, fmaf(g, fmaf(g, fmaf(g, 1.f / 5040, 1.f / 720), 1.f / 120), 1.f / 24), 1.f / 6), 0.5f), 1.f);
+}
+
+// N elements `first + i step`, i < n, on their way to registers (0 beyond n), and later as floats: between the two, other loads can be sent off.
+template <int N>
+struct Gather {
+  uint32_t raw[N];
+  __device__ void load(const void* ptr, DType t, int64_t first, int64_t step, int n) {
+    if (t == DType::f32) {
+      const uint32_t* p = static_cast<const uint32_t*>(ptr) + first;
+#pragma unroll
+      for (int i = 0; i < N; ++i, p += step) raw[i] = i < n ? *p : 0u;
+    } else {
+      const uint16_t* p = static_cast<const uint16_t*>(ptr) + first;
+#pragma unroll
+      for (int i = 0; i < N; ++i, p += step) raw[i] = i < n ? *p : 0u;
+    }
+  }
+  __device__ void get(DType t, float (&x)[N]) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      x[i] = __uint_as_float(t == DType::f32 ? raw[i] : t == DType::bf16 ? raw[i] << 16 : __float_as_uint(__half2float(__ushort_as_half(static_cast<unsigned short>(raw[i])))));
+  }
+};
+template <int N>
+__device__ inline void gather(float (&x)[N], const void* ptr, DType t, int64_t first, int64_t step, int n) {
+  Gather<N> g;
+  g.load(ptr, t, first, step, n);
+  g.get(t, x);
+}
+__device__ inline float fast_exp2(float x) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+
+// Gates and write strengths of a chunk in global memory. Outside the chunk and the slots a = 1 and s = 0, which changes nothing.
+template <bool fp32>
+struct GateReader {
+  Rows s, g;
+  int length, M;
+  __device__ GateReader(const Params& p, const Chunk& c, int64_t head) : s(rows_of(p.s, c, head)), g(rows_of(p.g, c, head)), length(c.length), M(p.M) {}
+  __device__ static float decay(float g) { return fp32 ? expf(g) : fast_exp2(g * 1.4426950408889634f); }
+
+  __device__ float gate(int i, int m) const { return i < length && m < M ? decay(load_as_float(g.ptr, g.at(i) + m, g.dtype)) : 1.f; }
+  __device__ float write(int i, int m) const {
+    if (i >= length || m >= M) return 0.f;
+    return s.ptr ? load_as_float(s.ptr, s.at(i) + m, s.dtype) : coupled_write(load_as_float(g.ptr, g.at(i) + m, g.dtype));
+  }
+  // Rows i0 .. i0 + 15 of slot m: sent off by load_, made by the other.
+  __device__ void load_gates16(int i0, int m, Gather<16>& a) const { a.load(g.ptr, g.dtype, g.at(i0) + m, g.step, m < M ? length - i0 : 0); }
+  __device__ void gates16(const Gather<16>& raw, float (&a)[16]) const {
+    raw.get(g.dtype, a);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) a[i] = decay(a[i]);
+  }
+  __device__ void load_writes16(int i0, int m, Gather<16>& w) const {
+    if (s.ptr) w.load(s.ptr, s.dtype, s.at(i0) + m, s.step, m < M ? length - i0 : 0);
+    else load_gates16(i0, m, w);
+  }
+  __device__ void writes16(const Gather<16>& raw, float (&w)[16]) const {
+    raw.get(s.ptr ? s.dtype : g.dtype, w);
+    if (!s.ptr)
+#pragma unroll
+      for (int i = 0; i < 16; ++i) w[i] = coupled_write(w[i]);
+  }
+};
+
+// Shared memory, handed out front to back.
+struct Arena {
+  char* p;
+  template <class T>
+  __device__ T* take(int64_t n) {
+    T* r = reinterpret_cast<T*>(p);
+    p += (n * sizeof(T) + 15) / 16 * 16;
+    return r;
+  }
+};
+constexpr int64_t arena(int64_t n, int64_t size) { return (n * size + 15) / 16 * 16; }
+
+// s_i of row i in the columns of this thread's accumulators: w[t][e] belongs to slot 8 t + 2 (lane % 4) + e.
+template <int MT, bool fp32>
+__device__ inline void row_writes(const GateReader<fp32>& reader, int i, float (&w)[MT][2]) {
+  const bool coupled = !reader.s.ptr;
+  const int64_t first = coupled ? reader.g.at(i) : reader.s.at(i);
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    float x[MT];
+    const int m = frag_col() + e;
+    gather(x, coupled ? reader.g.ptr : reader.s.ptr, coupled ? reader.g.dtype : reader.s.dtype, first + m, 8, i < reader.length ? (reader.M - m + 7) / 8 : 0);
+#pragma unroll
+    for (int t = 0; t < MT; ++t) w[t][e] = coupled ? coupled_write(x[t]) : x[t];
+  }
+}
+
+// What the products of a chunk need of its gates: R [C][ldu], the scale of its rows (fast block: 1 / W_i, slow block: U_i), lambda [NB][MP], slow [NB];
+// in fp32 also the a and s of every token.
+template <class Cfg>
+struct Gates {
+  static constexpr int C = Cfg::C, MP = Cfg::MP, NB = Cfg::NB, ldu = Cfg::ldu;
+  float* R;
+  float* lambda;
+  int* slow;
+  float *a, *s;                                           // [C][MP], fp32 only
+  GateReader<Cfg::fp32> reader;
+
+  static constexpr int64_t bytes = arena(C * ldu, 4) + arena(NB * MP, 4) + arena(NB, 4) + (Cfg::fp32 ? 2 * arena(C * MP, 4) : 0);
+
+  __device__ Gates(Arena& arena, const Params& p, const Chunk& c, int64_t head) : reader(p, c, head) {
+    R = arena.take<float>(C * ldu);
+    lambda = arena.take<float>(NB * MP);
+    slow = arena.take<int>(NB);
+    a = Cfg::fp32 ? arena.take<float>(C * MP) : nullptr;
+    s = Cfg::fp32 ? arena.take<float>(C * MP) : nullptr;
+  }
+  __device__ float gate(int i, int m) const { if constexpr (Cfg::fp32) return a[i * MP + m]; else return reader.gate(i, m); }
+  __device__ float write(int i, int m) const { if constexpr (Cfg::fp32) return s[i * MP + m]; else return reader.write(i, m); }
+  __device__ static float operand(float x) { return Cfg::fp32 ? x : round_tf32(x); }
+
+  // Fills everything, and S[j][m] = s_j W_j (nullptr: not needed) or, to_end, s_j exp(G_end - G_j): what token j leaves in the state. All threads of
+  // the block; ends with a barrier.
+  __device__ void fill(float* S, int lds, bool to_end = false) {
+    if (threadIdx.x < NB) slow[threadIdx.x] = 0;
+    __syncthreads();
+#pragma unroll 1
+    for (int e = threadIdx.x; e < NB * MP; e += Cfg::threads) {
+      const int b = e / MP, m = e % MP;
+      Gather<16> raw_g, raw_s;
+      reader.load_gates16(b * 16, m, raw_g);
+      if constexpr (Cfg::fp32) reader.load_writes16(b * 16, m, raw_s);
+      float x[16], w[16], u = 1.f;
+      reader.gates16(raw_g, x);
+      if constexpr (Cfg::fp32) reader.writes16(raw_s, w);
+#pragma unroll
+      for (int i = 15; i >= 0; --i) u *= x[i];
+      lambda[b * MP + m] = u;
+      if (!(u >= Cfg::smallest)) slow[b] = 1;             // NaN too
+      if constexpr (Cfg::fp32)
+#pragma unroll
+        for (int i = 0; i < 16; ++i) a[(b * 16 + i) * MP + m] = x[i], s[(b * 16 + i) * MP + m] = w[i];
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int e = threadIdx.x; e < NB * MP; e += Cfg::threads) {
+      const int b = e / MP, m = e % MP;
+      Gather<16> raw_g, raw_s;
+      reader.load_gates16(b * 16, m, raw_g);
+      if (S) reader.load_writes16(b * 16, m, raw_s);
+      float x[16];
+      reader.gates16(raw_g, x);
+      if (S) {
+        float w[16], decay = 1.f;
+        reader.writes16(raw_s, w);
+        for (int k = NB - 1; to_end && k > b; --k) decay *= lambda[k * MP + m];
+#pragma unroll
+        for (int i = 15; i >= 0; --i) S[(b * 16 + i) * lds + m] = operand(w[i] * decay), decay *= x[i];
+      }
+      if (S == R) continue;
+      const bool exact = slow[b];
+      float u = exact ? 1.f : __frcp_rn(lambda[b * MP + m]);
+#pragma unroll
+      for (int i = 0; i < 16; ++i) u *= x[i], R[(b * 16 + i) * ldu + m] = u;
+    }
+    __syncthreads();
+  }
+
+  // s_i of row i as above, without going to memory where S [C][lds] (s_j W_j) is at hand.
+  __device__ void row_writes(int i, const float* S, float (&w)[Cfg::MT][2]) const {
+    if constexpr (Cfg::fp32) {
+#pragma unroll
+      for (int t = 0; t < Cfg::MT; ++t) w[t][0] = s[i * MP + t * 8 + frag_col()], w[t][1] = s[i * MP + t * 8 + frag_col() + 1];
+    } else if (!slow[i / 16]) {
+      const float *x = S + i * Cfg::lds + frag_col(), *y = R + i * ldu + frag_col();
+#pragma unroll
+      for (int t = 0; t < Cfg::MT; ++t) {
+        const float2 a = *reinterpret_cast<const float2*>(x + t * 8), b = *reinterpret_cast<const float2*>(y + t * 8);
+        w[t][0] = a.x * b.x, w[t][1] = a.y * b.y;
+      }
+    } else {
+      float exact[Cfg::MT][2];
+      exact_row_writes(reader, i, exact);
+#pragma unroll
+      for (int t = 0; t < Cfg::MT; ++t) w[t][0] = exact[t][0], w[t][1] = exact[t][1];
+    }
+  }
+
+ private:
+  static __device__ __noinline__ void exact_row_writes(GateReader<Cfg::fp32> reader, int i, float (&w)[Cfg::MT][2]) {
+    gsa::cuda::row_writes<Cfg::MT>(reader, i, w);
+  }
+};
+
+// The lower triangle of a chunk, rows of block I = this warp's, in Horner form. X [16 x C] strictly lower, y [16 x MP].
+template <class Cfg>
+struct Triangle {
+  static constexpr int NB = Cfg::NB, MP = Cfg::MP, MT = Cfg::MT, CT = Cfg::CT;
+  using A = typename Cfg::X;
+  using OpX = typename A::template Op<Cfg::C>;
+  using OpY = typename A::template Op<MP>;
+  const Gates<Cfg>& gates;
+  const float* S;                                         // s_j W_j, [C][lds]
+  float* x_scratch;                                       // the warp's [16][Cfg::ldx or 20]
+  float* y_scratch;                                       // the warp's [16][ldy]
+  int warp;
+  static constexpr int ldx = 20;                          // of the in-block 16 x 16 of X
+  static constexpr int ldy = Cfg::SC + 8;
+  static constexpr int64_t x_floats = Cfg::fp32 ? 16 * (Cfg::ldx > ldx ? Cfg::ldx : ldx) : 16 * ldx, y_floats = 16 * ldy;
+
+  // acc <- (acc decayed to the block's start + sum over earlier blocks) decayed to its rows, + in-block part:
+  //   out[i, m] = sum_{j < i} X_ij s_jm exp(G_i - G_j) + exp(G_i) acc_in[i, m].
+  __device__ void apply(float (&acc)[MT][4], const float (&x)[CT][4]) const {
+    OpX op;
+    A::template from_acc<Cfg::C>(op, x, x_scratch, Cfg::ldx);
+    const bool slow = gates.slow[warp];
+#pragma unroll
+    for (int J = 0; J < NB; ++J)
+      if (J < warp || (J == warp && !slow)) {
+        decay(acc, J);
+        A::template mma_nn<MT, 16>(acc, op.block(J), S + J * 16 * Cfg::lds, Cfg::lds);
+      }
+    scale_rows(acc);
+    if (!slow) return;
+    __syncwarp();
+#pragma unroll
+    for (int J = 0; J < NB; ++J)
+      if (J == warp) store_block(x, J);
+    __syncwarp();
+#pragma unroll
+    for (int m0 = 0; m0 < MP; m0 += Cfg::SC) {
+      const Gates<Cfg> copy = gates;                      // so that the address of `gates` itself is never taken
+      apply_block(copy, x_scratch, y_scratch, warp, m0);
+#pragma unroll
+      for (int t = 0; t < Cfg::SC / 8; ++t) {
+        const float* z = y_scratch + frag_row() * ldy + t * 8 + frag_col();
+        float(&a)[4] = acc[m0 / 8 + t];
+        a[0] += z[0], a[1] += z[1], a[2] += z[8 * ldy], a[3] += z[8 * ldy + 1];
+      }
+      __syncwarp();
+    }
+  }
+
+  // x[i, j] = sum_m y_im s_jm exp(G_i - G_j) for j < i (zero elsewhere); y <- y exp(G_i), decayed from the chunk's start.
+  __device__ void contract(float (&x)[CT][4], float (&y)[MT][4]) const {
+    zero(x);
+    const bool slow = gates.slow[warp];
+    if (slow) contract_exactly(x, y);
+    scale_rows(y);
+#pragma unroll
+    for (int J = NB - 1; J >= 0; --J) {
+      if (J > warp || (J == warp && slow)) continue;
+      OpY op;
+      A::template from_acc<MP>(op, y, y_scratch, ldy);
+      A::template mma_nt<2, MP>(x + 2 * J, op, S + J * 16 * Cfg::lds, Cfg::lds);
+      if (J == warp) strictly_lower(x, J);
+      decay(y, J);
+    }
+  }
+
+  __device__ static void strictly_lower(float (&x)[CT][4], int J) {
+    const int r = frag_row(), c = frag_col();
+    if (c >= r) x[2 * J][0] = 0.f;
+    if (c + 1 >= r) x[2 * J][1] = 0.f;
+    if (c + 8 >= r) x[2 * J + 1][0] = 0.f;                // upper right 8 x 8
+    if (c + 9 >= r) x[2 * J + 1][1] = 0.f;
+    if (c + 8 >= r + 8) x[2 * J + 1][2] = 0.f;
+    if (c + 9 >= r + 8) x[2 * J + 1][3] = 0.f;
+  }
+  // Takes the diagonal of the warp's own block out: d[0] for row lane / 4, d[1] for row lane / 4 + 8; what is left is strictly lower.
+  __device__ void split_diagonal(float (&x)[CT][4], float (&d)[2]) const {
+    const int r = frag_row(), lane = 4 * r + (r >> 1);
+#pragma unroll
+    for (int J = 0; J < NB; ++J)
+      if (J == warp) {
+        d[0] = __shfl_sync(0xffffffffu, (r & 1) ? x[2 * J][1] : x[2 * J][0], lane);
+        d[1] = __shfl_sync(0xffffffffu, (r & 1) ? x[2 * J + 1][3] : x[2 * J + 1][2], lane);
+        strictly_lower(x, J);
+      }
+  }
+  __device__ void add_diagonal(float (&x)[CT][4], const float (&d)[2]) const {
+    const int r = frag_row(), c = frag_col();
+#pragma unroll
+    for (int J = 0; J < NB; ++J)
+      if (J == warp) {
+        if (c == r) x[2 * J][0] = d[0], x[2 * J + 1][2] = d[1];
+        if (c + 1 == r) x[2 * J][1] = d[0], x[2 * J + 1][3] = d[1];
+      }
+  }
+
+ private:
+  __device__ void decay(float (&acc)[MT][4], int J) const {
+#pragma unroll
+    for (int t = 0; t < MT; ++t) {
+      const float2 l = *reinterpret_cast<const float2*>(gates.lambda + J * MP + t * 8 + frag_col());
+      acc[t][0] *= l.x, acc[t][1] *= l.y, acc[t][2] *= l.x, acc[t][3] *= l.y;
+    }
+  }
+  __device__ void scale_rows(float (&acc)[MT][4]) const {
+    const float* u = gates.R + (warp * 16 + frag_row()) * Cfg::ldu + frag_col();
+#pragma unroll
+    for (int t = 0; t < MT; ++t) {
+      const float2 p = *reinterpret_cast<const float2*>(u + t * 8), q = *reinterpret_cast<const float2*>(u + 8 * Cfg::ldu + t * 8);
+      acc[t][0] *= p.x, acc[t][1] *= p.y, acc[t][2] *= q.x, acc[t][3] *= q.y;
+    }
+  }
+  __device__ void store_block(const float (&x)[CT][4], int J) const {
+    float* p = x_scratch + frag_row() * ldx + frag_col();
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      p[h * 8] = x[2 * J + h][0], p[h * 8 + 1] = x[2 * J + h][1];
+      p[8 * ldx + h * 8] = x[2 * J + h][2], p[8 * ldx + h * 8 + 1] = x[2 * J + h][3];
+    }
+  }
+  __device__ void contract_exactly(float (&x)[CT][4], const float (&y)[MT][4]) const {
+#pragma unroll
+    for (int m0 = 0; m0 < MP; m0 += Cfg::SC) {
+      __syncwarp();
+#pragma unroll
+      for (int t = 0; t < Cfg::SC / 8; ++t) {
+        float* p = y_scratch + frag_row() * ldy + t * 8 + frag_col();
+        const float(&v)[4] = y[m0 / 8 + t];
+        p[0] = v[0], p[1] = v[1], p[8 * ldy] = v[2], p[8 * ldy + 1] = v[3];
+      }
+      __syncwarp();
+      const Gates<Cfg> copy = gates;
+      contract_block(copy, x_scratch, y_scratch, warp, m0);
+    }
+    const float* p = x_scratch + frag_row() * ldx + frag_col();
+#pragma unroll
+    for (int J = 0; J < NB; ++J)
+      if (J == warp)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          x[2 * J + h][0] = p[h * 8], x[2 * J + h][1] = p[h * 8 + 1];
+          x[2 * J + h][2] = p[8 * ldx + h * 8], x[2 * J + h][3] = p[8 * ldx + h * 8 + 1];
+        }
+    __syncwarp();
+  }
+
+  // Slow blocks only, so not inlined: in-block products from X or y in scratch to scratch.
+  // z[i][m] = sum_{j < i} X_ij s_jm a_{j+1} ... a_i: Horner in the row index, z <- z a_j + X_ij s_j for j < i, then z a_i.
+  static __device__ __noinline__ void apply_block(const Gates<Cfg>& gates, const float* x, float* z_out, int warp, int m0) {
+    for (int m = lane_id(); m < Cfg::SC; m += 32) {
+      float z[16];
+#pragma unroll
+      for (int i = 0; i < 16; ++i) z[i] = 0.f;
+      for (int j = 0; j < 16; ++j) {
+        const float a = gates.gate(warp * 16 + j, m0 + m), s = gates.write(warp * 16 + j, m0 + m);
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+          if (j <= i) z[i] *= a;
+          if (j < i) z[i] = fmaf(x[i * ldx + j], s, z[i]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 16; ++i) z_out[i * ldy + m] = z[i];
+    }
+    __syncwarp();
+  }
+  // x[i][j] = sum_m y_im s_jm a_{j+1} ... a_i: lane l has row l % 16 and half of the slots; for each slot f = y_i a_i a_{i-1} ... walks down the rows.
+  static __device__ __noinline__ void contract_block(const Gates<Cfg>& gates, float* x, const float* y, int warp, int m0) {
+    const int i = lane_id() & 15, side = lane_id() >> 4;
+    float z[16];
+#pragma unroll
+    for (int j = 0; j < 16; ++j) z[j] = 0.f;
+    for (int m = side; m < Cfg::SC; m += 2) {
+      float a[16], s[16], f = 0.f;
+      const float v = y[i * ldy + m];
+#pragma unroll
+      for (int j = 0; j < 16; ++j) a[j] = gates.gate(warp * 16 + j, m0 + m), s[j] = gates.write(warp * 16 + j, m0 + m);
+#pragma unroll
+      for (int j = 15; j >= 0; --j) {
+        if (j < i) z[j] = fmaf(f, s[j], z[j]);
+        if (j == i) f = v;
+        f *= a[j];
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 16; ++j) z[j] += __shfl_xor_sync(0xffffffffu, z[j], 16);
+    __syncwarp();
+    if (side == 0)
+#pragma unroll
+      for (int j = 0; j < 16; ++j) x[i * ldx + j] = (m0 ? x[i * ldx + j] : 0.f) + (j < i ? z[j] : 0.f);
+    __syncwarp();
+  }
+};
+
+}  // namespace gsa::cuda

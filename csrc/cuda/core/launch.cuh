@@ -1,0 +1,41 @@
+// Host side of every launch: errors become exceptions (RuntimeError in Python), large shared memory is asked for.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "../../params.h"
+
+namespace gsa::cuda {
+
+inline void check(cudaError_t e, const char* what) {
+  if (e != cudaSuccess) throw std::runtime_error(std::string("gsa_ext: ") + what + ": " + cudaGetErrorString(e));
+}
+
+// A GPU below sm_80 has none of the instructions the kernels are made of.
+inline void require_device() {
+  int device = 0, major = 0, minor = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
+  if (major < 8)
+    throw std::runtime_error("gsa_ext: the CUDA kernels need compute capability 8.0 or newer, found " + std::to_string(major) + "." + std::to_string(minor) +
+                             "; built for " GSA_BUILT_ARCHS ". Use the CPU, or a newer GPU");
+}
+
+template <class Kernel, class... Args>
+void launch(const char* name, Kernel kernel, int64_t blocks, int threads, int64_t shared, void* stream, const Args&... args) {
+  if (blocks <= 0) return;
+  if (blocks > 2147483647LL) throw std::runtime_error(std::string("gsa_ext: ") + name + ": more than 2^31 - 1 blocks of work; split the batch");
+  if (shared > 48 * 1024) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), name);
+  kernel<<<static_cast<unsigned>(blocks), threads, shared, static_cast<cudaStream_t>(stream)>>>(args...);
+  const cudaError_t e = cudaGetLastError();
+  if (e == cudaErrorNoKernelImageForDevice)
+    throw std::runtime_error(std::string("gsa_ext: ") + name + ": this build has no kernels for this GPU (built for " GSA_BUILT_ARCHS "); reinstall with TORCH_CUDA_ARCH_LIST set to its compute capability");
+  check(e, name);
+}
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace gsa::cuda

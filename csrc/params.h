@@ -1,0 +1,132 @@
+// What a kernel is told. Torch-free: pointers, strides, sizes. The op layer (ops.cpp) has checked everything before.
+//
+// Letters: B batch, T tokens, H key/value heads, HQ = r * H query heads, K / V key / value head dimension, M slots, N sequences
+// (N = B, or the number of packed sequences when cu_seqlens is given and B = 1), D = K + V.
+#pragma once
+#include <cstdint>
+
+namespace gsa {
+
+enum class DType : int32_t { f64 = 0, f32 = 1, f16 = 2, bf16 = 3, none = -1 };
+
+// How the matrix products of the chunked form are computed. `native`: 16-bit operands with fp32 accumulation, fp32 for fp32, fp64 for fp64.
+// `tf32`: fp32 operands may be rounded to TF32. `exact`: 16-bit inputs are widened to fp32 first (backward of the recurrent form).
+enum class Math : int32_t { native = 0, tf32 = 1, exact = 2 };
+
+// A [B, T, heads, dim] tensor whose last dimension is contiguous. Strides count elements. ptr == nullptr: not given.
+struct View {
+  void* ptr = nullptr;
+  int64_t batch = 0, token = 0, head = 0;
+  DType dtype = DType::none;
+};
+
+// Shapes and inputs every kernel shares.
+struct Params {
+  int64_t B = 0, T = 0, N = 0;
+  int32_t HQ = 0, H = 0, K = 0, V = 0, M = 0;
+  double scale = 1.0;
+  bool reverse = false;               // tokens of each sequence are visited from last to first
+  Math math = Math::native;
+  const void* cu_seqlens = nullptr;   // [N + 1] int32 or int64 on the tensors' device; contents are not trusted
+  bool cu_seqlens_64 = false;
+
+  View q;                             // [B, T, HQ, K]
+  View k, v;                          // [B, T, H, K], [B, T, H, V]   dtype of q
+  View s;                             // [B, T, H, M] write strength; ptr == nullptr: coupled, s = -expm1(g)
+  View g;                             // [B, T, H, M] log gate, in [-inf, 0]
+
+  // States are contiguous, fp32 (fp64 when q is fp64). nullptr: zero.
+  const void* hk0 = nullptr;          // [N or 1, H, K, M]
+  const void* hv0 = nullptr;          // [N or 1, H, M, V]
+  bool h0_broadcast = false;          // the leading dimension of hk0 and hv0 is 1: every sequence starts from the same state
+
+  // Boundary states: the states before each chunk of chunk_length() tokens of each sequence, [slots, H, K + V, M]: rows 0..K-1 are Hk,
+  // rows K..K+V-1 are Hv transposed. Type: q's dtype, or fp32 under Math::exact. nullptr: not kept (forward) / to be recomputed (backward).
+  void* boundary = nullptr;
+
+  void* stream = nullptr;             // cudaStream_t
+  void* workspace = nullptr;          // workspace_bytes() bytes on the tensors' device
+};
+
+struct ForwardParams : Params {
+  View o;                             // [B, T, HQ, V]      written
+  void* hkT = nullptr;                // [N, H, K, M]       written when not nullptr
+  void* hvT = nullptr;                // [N, H, M, V]       written when not nullptr
+};
+
+struct BackwardParams : Params {
+  View d_o;                           // [B, T, HQ, V]      cotangent of o
+  const void* dhkT = nullptr;         // [N, H, K, M]       cotangents of the final states; nullptr: zero
+  const void* dhvT = nullptr;         // [N, H, M, V]
+  View dq, dk, dv, ds, dg;            // written; shapes and dtypes of q, k, v, s, g; ds.ptr == nullptr: coupled, its gradient goes into dg
+  void* dhk0 = nullptr;               // [N, H, K, M]       written when not nullptr (the op layer sums over N for a broadcast state)
+  void* dhv0 = nullptr;               // [N, H, M, V]
+};
+
+// One token for each of B rows; states are updated in place.
+struct StepParams {
+  int64_t B = 0, P = 0;               // rows, rows of the state pool
+  int32_t HQ = 0, H = 0, K = 0, V = 0, M = 0;
+  double scale = 1.0;
+  View q, k, v, s, g;                 // as above without the token axis (View::token unused). s nullptr: coupled. g nullptr: ABC, s holds raw slot logits
+  void* hk = nullptr;                 // [P, H, K, M] contiguous
+  void* hv = nullptr;                 // [P, H, M, V]
+  void* z = nullptr;                  // [P, H, M] of ABC, state dtype
+  DType state_dtype = DType::f32;     // f32, bf16; f64 when q is f64
+  const void* state_indices = nullptr;  // [B]: the row of the pool; -1 (and anything out of range): o = 0, no state changes. nullptr: row b
+  bool indices_64 = false;
+  View o;                             // [B, HQ, V]
+  void* stream = nullptr;
+};
+
+// ABC: gates and write strengths from raw slot logits e, z_t = logaddexp(z_{t-1}, e_t), g_t = z_{t-1} - z_t, s_t = exp(e_t - z_t).
+struct AbcParams {
+  int64_t B = 0, T = 0, N = 0;
+  int32_t H = 0, M = 0;
+  bool reverse = false;
+  const void* cu_seqlens = nullptr;
+  bool cu_seqlens_64 = false;
+  View e;                             // [B, T, H, M]
+  const void* z0 = nullptr;           // [N, H, M] fp32 (fp64); nullptr: -inf, and the first write of a slot has g = 0
+  View s, g;                          // forward: written, fp32 (fp64); backward: read
+  void* zT = nullptr;                 // [N, H, M] written
+  // backward
+  View ds, dg;                        // cotangents, fp32 (fp64)
+  const void* dzT = nullptr;          // nullptr: zero
+  View de;                            // written, dtype of e
+  void* dz0 = nullptr;                // [N, H, M] written when not nullptr
+  void* stream = nullptr;
+};
+
+// Tokens per chunk, the spacing of the boundary states. Depends on nothing but this, so that shapes are known without a device.
+constexpr int64_t chunk_length(DType dtype, Math math, int64_t M) {
+  const bool wide = dtype == DType::f32 || math == Math::exact;   // fp32 tiles
+  return dtype == DType::f64 ? 64 : wide ? (M <= 64 ? 32 : 16) : (M <= 128 ? 64 : 32);
+}
+
+// Sequence n with tokens [begin, end) owns boundary slots begin / C + 2 n ... : one for each chunk and one for the final state.
+// Needs no prefix sum over the sequences' lengths, so kernels find their slots without a host read.
+constexpr int64_t first_slot(int64_t begin, int64_t n, int64_t C) { return begin / C + 2 * n; }
+constexpr int64_t boundary_slots(int64_t B, int64_t T, int64_t N, bool packed, int64_t C) {
+  return packed ? T / C + 2 * N : N * (T / C + 2);
+}
+constexpr int64_t boundary_slot(bool packed, int64_t begin, int64_t T, int64_t n, int64_t C) {   // first slot of sequence n
+  return packed ? first_slot(begin, n, C) : n * (T / C + 2);
+}
+
+#define GSA_BACKEND                                                \
+  int64_t forward_workspace(const Params&);                        \
+  int64_t backward_workspace(const Params&);                       \
+  void chunk_forward(const ForwardParams&);                        \
+  void chunk_backward(const BackwardParams&);                      \
+  void recurrent_forward(const ForwardParams&);                    \
+  int64_t recurrent_workspace(const Params&);                      \
+  void step(const StepParams&);                                    \
+  void abc_gates(const AbcParams&);                                \
+  void abc_gates_backward(const AbcParams&);
+
+namespace cpu { GSA_BACKEND }
+namespace cuda { GSA_BACKEND }
+#undef GSA_BACKEND
+
+}  // namespace gsa

@@ -1,0 +1,13 @@
+"""Hugging Face models with Gated Slot Attention: conversion in place, generation with constant memory, saving and loading.
+
+Importing this module is what teaches ``AutoModelForCausalLM.from_pretrained`` to load converted models.
+"""
+
+from gsa_ext.hf.attention import GSAAttention
+from gsa_ext.hf.cache import GSACacheLayer, cache_bytes
+from gsa_ext.hf.convert import PRESETS, convert
+from gsa_ext.hf.families import FAMILIES, register
+
+__all__ = ["FAMILIES", "PRESETS", "GSAAttention", "GSACacheLayer", "cache_bytes", "convert", "register"]
+
+register()

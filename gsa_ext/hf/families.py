@@ -1,0 +1,229 @@
+"""Which model families can be converted, and the classes that their converted models get: one row of ``FAMILIES`` per family.
+
+For a family ``llama`` there are ``GsaLlamaConfig`` (model_type "gsa_llama"), ``GsaLlamaModel`` and ``GsaLlamaForCausalLM``, subclasses of the family's
+own classes; they are attributes of this module and registered with the Auto classes.
+"""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+from gsa_ext.hf.attention import GateProjection, GSAAttention, Tokens
+from gsa_ext.hf.cache import check_cache
+from gsa_ext.layer import token_mask
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family's attention is built. A family that differs in more than names overrides the methods."""
+
+    model_type: str
+    attention: str = "self_attn"                                             # attribute of a decoder layer
+    modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")      # what the GSA module takes over, the input projection first
+    output: str = "o_proj"
+    input_norm: str | None = "input_layernorm"                               # what normalises the attention's input, in a decoder layer
+    rotary: str = "apply_rotary_pos_emb"                                     # in the family's modeling file
+
+    def head_dim(self, attention: nn.Module) -> int:
+        return attention.head_dim                                            # type: ignore[return-value]
+
+    def project(self, module: GSAAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states to q, k, v ``[B, T, heads, head_dim]``, before rotation."""
+        q, k, v = (getattr(module, name)(x).unflatten(-1, (-1, module.head_dim)) for name in self.modules[:3])
+        return q, k, v
+
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (
+    Family("llama"),
+)}
+
+
+def attention_layers(model: nn.Module, family: Family) -> list[nn.Module]:
+    """The decoder layers of a base model or causal LM of this family."""
+    base = model.base_model if isinstance(model, PreTrainedModel) else model
+    return list(base.layers)                                                 # type: ignore[arg-type]
+
+
+def install(model: PreTrainedModel, family: Family, layers: dict[str, dict[str, Any]]) -> None:
+    """Puts GSA modules where ``layers`` (as in ``config.gsa["layers"]``) says, all or none."""
+    decoder = attention_layers(model, family)
+    made = {int(i): GSAAttention(getattr(decoder[int(i)], family.attention), family, settings) for i, settings in layers.items()}
+    for i, module in made.items():
+        setattr(decoder[i], family.attention, module)
+
+
+class _GSAModule:
+    """What converted base models and causal LMs share."""
+
+    _is_stateful = True                                                      # generate: no assisted decoding
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, GateProjection):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)                                    # type: ignore[misc]
+
+
+class _GSAModel(_GSAModule):
+    """Tells the GSA layers about padding and packing, of which softmax layers learn by masks between pairs of tokens."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)                                             # type: ignore[call-arg]
+        install(self, FAMILIES[config.model_type.removeprefix("gsa_")], config.gsa["layers"] if config.gsa else {})   # type: ignore[arg-type]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the original model's. Padding: ``attention_mask [B, T]`` (``[B, seen + T]`` with a cache). Packing (B = 1): any one of
+        ``cu_seq_lens_q [N + 1]``, ``seq_idx [1, T]``, or ``position_ids`` that restart."""
+        inputs = inputs_embeds if input_ids is None else input_ids
+        if inputs is None:
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        B, T = inputs.shape[:2]
+        check_cache(past_key_values)
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.ndim != 2):
+            raise ValueError("attention_mask: a model with GSA layers takes a padding mask [B, T] of zeros and ones; "
+                             "masks between pairs of tokens mean nothing to a recurrent layer" +
+                             ("" if isinstance(attention_mask, dict) else f", given {list(attention_mask.shape)}"))
+        mask = None if attention_mask is None else token_mask(attention_mask, B, T, seen)
+
+        cu_seqlens = _packing(B, T, mask, position_ids, kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx"))
+        hybrid = len((self.config.gsa or {"layers": ()})["layers"]) < self.config.num_hidden_layers   # type: ignore[attr-defined]
+        if cu_seqlens is not None:
+            if use_cache or past_key_values is not None:
+                raise ValueError("packed sequences cannot be cached: pass use_cache=False and no past_key_values, "
+                                 "or give the sequences as a padded batch")
+            use_cache = False
+            if position_ids is None:
+                position_ids = _restarting_positions(cu_seqlens, T)
+            if hybrid and mask is not None:
+                if not mask.all():
+                    raise ValueError("packed sequences with padding: softmax layers cannot tell the sequences apart; drop the padding and the attention_mask")
+                attention_mask = None                                                         # transformers sees packing only without it
+        elif use_cache is None and past_key_values is None and self.training and torch.is_grad_enabled():   # type: ignore[attr-defined]
+            use_cache = False
+
+        if not hybrid:
+            # No layer reads a mask between pairs of tokens. One that is 4-D already is passed through: nothing quadratic is built.
+            attention_mask = inputs.new_empty(B, 1, 0, 0, dtype=torch.bool)
+        return super().forward(                                                               # type: ignore[misc]
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds, use_cache=use_cache, gsa_tokens=Tokens(mask, cu_seqlens), **kwargs)
+
+
+class _GSACausalLM(_GSAModule):
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)                                             # type: ignore[call-arg]
+        adopt(self, config)                                                  # type: ignore[arg-type]
+
+
+def adopt(model: PreTrainedModel, config: Any) -> None:
+    """Makes the plain causal LM inside ``model`` the converted one that ``config`` (of the converted class) describes."""
+    family = FAMILIES[config.model_type.removeprefix("gsa_")]
+    _, base_class, class_ = gsa_classes(family.model_type)
+    done = (getattr(model.config, "gsa", None) or {}).get("layers", {}) if type(model.base_model) is base_class else {}
+    new = config.gsa["layers"] if config.gsa else {}
+    install(model, family, {i: settings for i, settings in new.items() if i not in done})
+    before = {id(model.config), id(model.base_model.config)}
+    for module in model.modules():
+        if id(getattr(module, "config", None)) in before:
+            module.config = config
+    for part, converted in ((model.base_model, base_class), (model, class_)):
+        part.__class__ = converted
+        _record_outputs(part)
+
+
+def _packing(B: int, T: int, mask: Tensor | None, position_ids: Tensor | None, cu_seq_lens: Tensor | None, seq_idx: Tensor | None) -> Tensor | None:
+    """cu_seqlens of packed sequences, or None. Looking at the contents of ``seq_idx`` and ``position_ids`` waits for the device, as transformers does."""
+    if cu_seq_lens is not None:
+        if B != 1:
+            raise ValueError(f"cu_seq_lens_q: packed sequences need batch size 1, given {B}; lay the sequences end to end in one row")
+        return cu_seq_lens
+    if T <= 1:
+        return None
+    if seq_idx is not None:
+        if tuple(seq_idx.shape) != (B, T):
+            raise ValueError(f"seq_idx: expected shape [B, T] = [{B}, {T}], given {list(seq_idx.shape)}")
+        starts, name = seq_idx[:, 1:] != seq_idx[:, :-1], "seq_idx"
+    elif position_ids is not None and position_ids.ndim == 2:
+        starts, name = position_ids[:, 1:] != position_ids[:, :-1] + 1, "position_ids"
+        if mask is not None:
+            starts = starts & mask[:, 1:] & mask[:, :-1]                     # positions at padding are arbitrary
+    else:
+        return None
+    if not starts.any():
+        return None
+    if B != 1:
+        raise ValueError(f"{name}: packed sequences (positions that restart) need batch size 1, given {B}; lay the sequences end to end in one row")
+    inner = starts[0].nonzero()[:, 0] + 1
+    return torch.cat([inner.new_zeros(1), inner, inner.new_full((1,), T)])
+
+
+def _restarting_positions(cu_seqlens: Tensor, T: int) -> Tensor:
+    t = torch.arange(T, device=cu_seqlens.device)
+    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), t, right=True)
+    return (t - cu_seqlens.long()[sequence])[None]
+
+
+@functools.cache
+def gsa_classes(model_type: str) -> tuple[type, type, type]:
+    """The converted config, base model and causal LM classes of a family, derived from its own."""
+    config_base: Any = CONFIG_MAPPING[model_type]
+    model_base: Any = MODEL_MAPPING[config_base]
+    lm_base: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_base]
+
+    class Config(config_base):                                               # type: ignore[valid-type, misc]
+        """The original configuration, and in ``gsa`` what was converted: ``{"layers": {"<index>": settings}}``."""
+
+        gsa: dict[str, Any] | None = None
+
+    Config.model_type = f"gsa_{model_type}"
+    names = [f"Gsa{base.__name__}" for base in (config_base, model_base, lm_base)]
+    members = {"__module__": __name__, "config_class": Config}
+    classes: tuple[type, type, type] = (
+        Config,
+        type(names[1], (_GSAModel, model_base), {**members, "__doc__": f"``{model_base.__name__}`` with GSA layers, see :func:`gsa_ext.hf.convert`."}),
+        type(names[2], (_GSACausalLM, lm_base), {**members, "__doc__": f"``{lm_base.__name__}`` with GSA layers, see :func:`gsa_ext.hf.convert`."}),
+    )
+    for name, class_ in zip(names, classes):
+        class_.__name__ = class_.__qualname__ = name
+        globals()[name] = class_                                             # can be pickled and imported by name
+    return classes
+
+
+def _record_outputs(model: Any) -> None:
+    """``output_hidden_states`` is looked up by class. transformers notes a class when it constructs a model of it, which conversion does not do."""
+    try:
+        from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY as registry
+    except ImportError:
+        return
+    registry[str(type(model)) if type(registry) is dict else model] = model._can_record_outputs     # the key is the model itself in newer versions
+
+
+def register() -> None:
+    """Registers the converted classes of every family with the Auto classes. ``import gsa_ext.hf`` does it."""
+    for model_type in _families():
+        config, model, lm = gsa_classes(model_type)
+        AutoConfig.register(config.model_type, config, exist_ok=True)        # type: ignore[attr-defined]
+        AutoModel.register(config, model, exist_ok=True)
+        AutoModelForCausalLM.register(config, lm, exist_ok=True)
+
+
+def _families() -> Iterator[str]:
+    """Those of ``FAMILIES`` that the installed transformers has."""
+    return (model_type for model_type in FAMILIES if model_type in CONFIG_MAPPING)

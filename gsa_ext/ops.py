@@ -1,0 +1,159 @@
+"""The public functions. Shapes are [B, T, heads, dim]; everything native lives under ``torch.ops.gsa`` (csrc/ops.cpp)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gsa_ext import _load
+
+State = tuple[Tensor, ...]
+_load.library()
+_ops = torch.ops.gsa
+
+
+def chunk_gsa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s: Tensor | None = None,
+    g: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: State | None = None,
+    output_final_state: bool = False,
+    checkpoint_level: int = 2,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, State | None]:
+    """Gated Slot Attention over whole sequences in the chunked parallel form: the op to train with.
+
+    Linear in T, differentiable in every tensor argument, bitwise repeatable. With HQ = r * H query heads, query head i reads the slots of
+    key/value head i // r.
+
+    Args:
+        q: ``[B, T, HQ, K]``, bf16, fp16, fp32; fp64 on the CPU.
+        k: ``[B, T, H, K]``, dtype of q; HQ a multiple of H.
+        v: ``[B, T, H, V]``, dtype of q.
+        s: write strength ``[B, T, H, M]``, dtype of q or fp32. None: coupled to the gate, ``s = 1 - exp(g)``, computed in fp32.
+        g: log of the forget gate ``[B, T, H, M]`` in [-inf, 0], dtype of q or fp32 (natural logarithm). None: ABC, where s holds raw
+            slot logits of any size.
+        scale: factor on the slot logits; None means ``K ** -0.5``. The paper's layer passes 1.0.
+        initial_state: ``(Hk [N, H, K, M], Hv [N, H, M, V])``, in ABC ``(Hk, Hv, z [N, H, M])``; fp32 (fp64 for fp64 inputs); N = B or the
+            number of packed sequences; N = 1 is the same start for all of them.
+        output_final_state: return the states after the last token, ready to be handed on as ``initial_state``.
+        checkpoint_level: 0, 1 or 2. Levels 0 and 1 keep the chunk-boundary states for backward, level 2 (default) recomputes them. No bit
+            of any result depends on it.
+        cu_seqlens: ``[N + 1]`` int32 or int64, on q's device: B must be 1, and tokens ``cu_seqlens[n]:cu_seqlens[n+1]`` are sequence n. Never read back
+            to the host; contents are checked when they are on the CPU, or anywhere after :func:`gsa_ext.set_checks`.
+        cu_seqlens_cpu: accepted for compatibility; where given, its contents are checked.
+        chunk_size: accepted for compatibility (a power of two); the kernels choose their own.
+
+    Returns:
+        ``(o [B, T, HQ, V] in q's dtype, final_state or None)``.
+
+    Raises:
+        ValueError: a shape, value or combination that does not fit. TypeError: a dtype. RuntimeError: devices, or a build without CUDA.
+
+    Source: arXiv 2409.07146, eq. 6 and section 3.2; ABC: arXiv 2110.02488.
+    """
+    if cu_seqlens_cpu is not None:
+        _check_host_lengths(cu_seqlens_cpu, q)
+    if chunk_size is not None and (chunk_size <= 0 or chunk_size & (chunk_size - 1)):
+        raise ValueError(f"chunk_size: expected a power of two, given {chunk_size}")
+    hk0, hv0, z0 = _unpack(initial_state, g)
+    if g is not None:
+        o, hk, hv, _ = _ops.chunk(q, k, v, s, g, scale, hk0, hv0, cu_seqlens, output_final_state, checkpoint_level)
+        return o, ((hk, hv) if output_final_state else None)
+    _require_s(s)
+    write, gate, z = _ops.abc_gates(s, z0, cu_seqlens, False)
+    o, hk, hv, _ = _ops.chunk(q, k, v, write, gate, scale, hk0, hv0, cu_seqlens, output_final_state, checkpoint_level)
+    return o, ((hk, hv, z) if output_final_state else None)
+
+
+def fused_recurrent_gsa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s: Tensor | None = None,
+    g: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: State | None = None,
+    output_final_state: bool = False,
+    reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, State | None]:
+    """Gated Slot Attention token by token, in fp32 (fp64) throughout: short sequences, and a check on the chunked form.
+
+    A NaN in the input reaches no position before it. Arguments, results and errors as :func:`chunk_gsa`, and:
+
+    Args:
+        reverse: visit the tokens of every sequence from last to first; the initial state enters at the last token, the final state leaves
+            at the first.
+    """
+    hk0, hv0, z0 = _unpack(initial_state, g)
+    if g is not None:
+        o, hk, hv = _ops.recurrent(q, k, v, s, g, scale, hk0, hv0, cu_seqlens, output_final_state, reverse)
+        return o, ((hk, hv) if output_final_state else None)
+    _require_s(s)
+    write, gate, z = _ops.abc_gates(s, z0, cu_seqlens, reverse)
+    o, hk, hv = _ops.recurrent(q, k, v, write, gate, scale, hk0, hv0, cu_seqlens, output_final_state, reverse)
+    return o, ((hk, hv, z) if output_final_state else None)
+
+
+def gsa_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s: Tensor | None,
+    g: Tensor | None,
+    state: State,
+    scale: float | None = None,
+    state_indices: Tensor | None = None,
+) -> Tensor:
+    """One token of decoding: the states are updated **in place**, the output is returned. No gradients.
+
+    Args:
+        q: ``[B, HQ, K]``; k: ``[B, H, K]``; v: ``[B, H, V]``; s, g: ``[B, H, M]``, either None as in :func:`chunk_gsa`.
+        state: ``(Hk [P, H, K, M], Hv [P, H, M, V])``, in ABC ``(Hk, Hv, z [P, H, M])``, contiguous, fp32 (bf16 allowed for 16-bit inputs: each
+            step then rounds the state to 8 bits; fp64 for fp64 inputs). Written.
+        scale: as in :func:`chunk_gsa`.
+        state_indices: ``[B]`` int32 or int64: the row of the pool that belongs to each row of the batch, no row twice. -1: a padding row, whose o is 0 and which changes no
+            state. None: P = B, row b.
+
+    Returns:
+        o ``[B, HQ, V]``, dtype of q.
+
+    Raises:
+        RuntimeError: grad mode is on and an input requires grad (use :func:`fused_recurrent_gsa`); the rest as :func:`chunk_gsa`.
+    """
+    hk, hv, z = _unpack(state, g, name="state")
+    if hk is None or hv is None:
+        raise ValueError("state: expected (Hk, Hv), given None; start from zeros of shapes [P, H, K, M] and [P, H, M, V]")
+    return _ops.step(q, k, v, s, g, hk, hv, z, scale, state_indices)
+
+
+def _unpack(state: Any, g: Tensor | None, name: str = "initial_state") -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if state is None:
+        return None, None, None
+    if not isinstance(state, (tuple, list)):
+        raise TypeError(f"{name}: expected a tuple of tensors, given {type(state).__name__}")
+    want = 2 if g is not None else 3
+    if len(state) != want:
+        raise ValueError(f"{name}: expected {'(Hk, Hv)' if want == 2 else '(Hk, Hv, z), because g is None (ABC)'}, given a tuple of {len(state)}; "
+                         "hand on the final state as it was returned")
+    hk, hv, *z = state
+    return hk, hv, (z[0] if z else None)
+
+
+def _require_s(s: Tensor | None) -> None:
+    if s is None:
+        raise ValueError("s and g are both None: give g (coupled write s = 1 - exp(g)), s (ABC: raw slot logits), or both")
+
+
+def _check_host_lengths(lengths: Tensor, q: Tensor) -> None:
+    values = lengths.tolist()
+    if not values or values[0] != 0 or values[-1] != q.shape[1] or any(b < a for a, b in zip(values, values[1:])):
+        raise ValueError(f"cu_seqlens_cpu: expected 0 = c[0] <= c[1] <= ... <= c[N] = T = {q.shape[1]}, given {values}")

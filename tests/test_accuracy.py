@@ -1,0 +1,241 @@
+"""Every op, mode, shape and gate against the recurrence in fp64: outputs, final states and all gradients."""
+
+import pytest
+import torch
+
+from gsa_ext import chunk_gsa, fused_recurrent_gsa, gsa_step, testing
+from gsa_ext.testing import check, make_inputs, stepwise
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+OPS = {"chunk": chunk_gsa, "recurrent": fused_recurrent_gsa, "step": stepwise}
+TYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MODES = ["coupled", "given", "abc"]
+ops = pytest.mark.parametrize("op", OPS)
+modes = pytest.mark.parametrize("mode", MODES)
+types = pytest.mark.parametrize("dtype", TYPES)
+
+
+def run(op, dtype, device, **options):
+    if dtype == "fp64" and device.type == "cuda":
+        pytest.skip("fp64 is computed on the CPU only")
+    x = make_inputs(dtype=TYPES[dtype], device=device, **options)
+    check(fused_recurrent_gsa, {**x, "reverse": True}) if op == "reversed" else check(OPS[op], x, gradients=op != "step")
+
+
+@types
+@modes
+@ops
+def test_modes(op, mode, dtype, device):
+    """All there is at once: grouped heads, initial and final states with gradients, ragged end, hard gates."""
+    run(op, dtype, device, B=2, T=37, HQ=4, H=2, K=24, V=40, M=20, mode=mode, gate="mixed", initial_state=True)
+
+
+@pytest.mark.parametrize("T", [1, 15, 16, 17, 63, 64, 65, 127])
+@pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
+@ops
+def test_lengths(op, dtype, T, device):
+    run(op, dtype, device, T=T, HQ=2, H=1, K=16, V=16, M=16, mode="given")
+
+
+@pytest.mark.parametrize("op,dtype", [("chunk", "fp64"), ("chunk", "fp32"), ("chunk", "bf16"), ("recurrent", "fp64"), ("recurrent", "fp32"), ("step", "fp32")])
+def test_long(op, dtype, device):
+    run(op, dtype, device, T=1023, HQ=2, H=1, K=16, V=16, M=16, mode="given")
+
+
+# Every K, V and M of the list, alone in its neighbourhood and with the others; the corners last.
+DIMENSIONS = [
+    (16, 16, 1), (16, 60, 16), (60, 16, 32), (64, 64, 64), (64, 100, 48), (100, 64, 100), (128, 128, 64), (128, 256, 32), (256, 128, 128), (100, 100, 256),
+    (256, 256, 64), (512, 64, 48), (60, 512, 100), (512, 512, 64), (512, 512, 256),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("K,V,M", DIMENSIONS)
+@pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
+def test_dimensions(dtype, K, V, M, device):
+    run("chunk", dtype, device, T=70, HQ=2, H=1, K=K, V=V, M=M, mode="given", initial_state=True)
+
+
+@pytest.mark.parametrize("K,V,M", [(16, 60, 1), (60, 16, 32), (100, 64, 100), (128, 128, 64), (512, 512, 256)])
+@pytest.mark.parametrize("op", ["recurrent", "step"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_dimensions_by_token(dtype, op, K, V, M, device):
+    run(op, dtype, device, T=19, HQ=2, H=1, K=K, V=V, M=M, mode="given", initial_state=True)
+
+
+@pytest.mark.parametrize("r", [1, 2, 4, 8])
+@pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
+@ops
+def test_grouped_heads(op, dtype, r, device):
+    run(op, dtype, device, B=2, T=33, HQ=2 * r, H=2, K=32, V=32, M=16, mode="coupled")
+
+
+@pytest.mark.parametrize("gate", ["zero", 8.0, 1.0, 0.1, "mixed", "-40", "-inf"])
+@pytest.mark.parametrize("mode", ["coupled", "given"])
+@pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16", "fp16"])
+def test_gates(dtype, mode, gate, device):
+    run("chunk", dtype, device, T=150, HQ=1, K=32, V=32, M=32, mode=mode, gate=gate, initial_state=True)
+
+
+@pytest.mark.parametrize("gate", ["zero", 0.1, "mixed", "-40", "-inf"])
+@pytest.mark.parametrize("op", ["recurrent", "step"])
+def test_gates_by_token(op, gate, device):
+    run(op, "fp32", device, T=40, HQ=1, K=32, V=32, M=32, mode="coupled", gate=gate, initial_state=True)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("state", [False, True, "broadcast"])
+@pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
+@modes
+def test_packed(mode, dtype, state, reverse, device):
+    """Sequences of all lengths, empty ones first, last and in between."""
+    options = {"lengths": [0, 1, 40, 0, 0, 64, 17, 70, 0], "HQ": 2, "H": 1, "K": 16, "V": 32, "M": 16, "mode": mode, "gate": 1.0, "initial_state": state}
+    run("reversed" if reverse else "chunk", dtype, device, **options)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@modes
+def test_recurrent_packed_and_broadcast(mode, reverse, device):
+    x = make_inputs(lengths=[3, 0, 20, 1], HQ=2, K=16, V=16, M=16, mode=mode, initial_state="broadcast", device=device)
+    check(fused_recurrent_gsa, {**x, "cu_seqlens": x["cu_seqlens"].long(), "reverse": reverse})
+    check(fused_recurrent_gsa, {**make_inputs(3, 20, 2, 1, 16, 16, 16, mode=mode, initial_state="broadcast", device=device), "reverse": reverse})
+
+
+def test_broadcast_state(device):
+    for dtype in (torch.float32, torch.bfloat16):
+        check(chunk_gsa, make_inputs(3, 70, 2, 1, 32, 32, 16, dtype=dtype, initial_state="broadcast", device=device))
+
+
+@pytest.mark.parametrize("tau", testing.PEER)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_figures_of_the_best_published_kernels(dtype, tau, device):
+    """K = V = 128, 512 tokens: at or under what flash-linear-attention's kernels reach, output by output."""
+    x = make_inputs(1, 512, 2, 2, 128, 128, 64, gate=tau, mode="given", dtype=TYPES[dtype], device=device)
+    x["s"] = -torch.expm1(x["g"].float()).to(x["s"])
+    check(chunk_gsa, x, allowed=testing.PEER[tau])
+
+
+def test_wide_gates_beside_narrow_inputs(device):
+    """s and g may be fp32 beside 16-bit q, k, v: their gradients come in fp32."""
+    for mode in ("coupled", "given", "abc"):
+        x = make_inputs(1, 70, 2, 1, 32, 32, 16, mode=mode, dtype=torch.bfloat16, gate_dtype=torch.float32, initial_state=True, device=device)
+        check(chunk_gsa, x)
+        check(fused_recurrent_gsa, x)
+        check(stepwise, x, gradients=False)
+
+
+@modes
+def test_split_anywhere_and_hand_over(mode, device):
+    """Chunked, recurrent and step forms take over from one another at any token; gradients flow through the hand-over."""
+    for dtype, cuts in ((torch.float32, (0, 63, 64, 90) if mode == "given" else (63,)), (torch.bfloat16, (37,))):
+        x = make_inputs(2, 90, 2, 1, 32, 16, 16, mode=mode, gate=1.0, dtype=dtype, initial_state=True, device=device)
+        for cut in cuts:
+            for first, second in ((chunk_gsa, chunk_gsa), (chunk_gsa, fused_recurrent_gsa), (fused_recurrent_gsa, chunk_gsa), (chunk_gsa, stepwise)):
+
+                def split(q, k, v, s, g, scale, initial_state, output_final_state, cut=cut, first=first, second=second):
+                    halves = [{n: None if t is None else t[:, a:b] for n, t in zip("qkvsg", (q, k, v, s, g))} for a, b in ((0, cut), (cut, None))]
+                    o1, state = first(**halves[0], scale=scale, initial_state=initial_state, output_final_state=True)
+                    o2, state = second(**halves[1], scale=scale, initial_state=state, output_final_state=True)
+                    return torch.cat([o1, o2], 1), state
+
+                if dtype == torch.float32 and cut not in (0, 63) and first is not second:
+                    continue
+                check(split, x, gradients=second is not stepwise)
+
+
+# ------------------------------------------------------------------------------------------------------------ views
+
+
+def noncontiguous(x, how):
+    def make(t):
+        if t is None:
+            return None
+        if how == "heads first":  # [B, H, T, D] in memory
+            return t.transpose(1, 2).contiguous().transpose(1, 2)
+        if how == "slice":  # every other token and a part of a wider last dimension
+            wide = t.new_full((t.shape[0], 2 * t.shape[1], t.shape[2], t.shape[3] + 3), torch.nan)
+            wide[:, ::2, :, 2:-1] = t
+            return wide[:, ::2, :, 2:-1]
+        if how == "last dimension strided":
+            return t.transpose(1, 3).contiguous().transpose(1, 3)
+        if how == "expanded":  # one row of the batch and one head for all
+            return t[:1, :, :1].expand(t.shape)
+        raise ValueError(how)
+
+    return {name: make(t) if name in "qkvsg" else t for name, t in x.items()}
+
+
+@pytest.mark.parametrize("how", ["heads first", "slice", "last dimension strided", "expanded"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@ops
+def test_views(op, dtype, how, device):
+    x = noncontiguous(make_inputs(2, 40, 4, 2, 32, 24, 16, mode="given", dtype=TYPES[dtype], device=device), how)
+    assert not x["k"].is_contiguous()
+    check(OPS[op], x, gradients=op != "step")
+
+
+def test_views_change_no_bit(device):
+    x = make_inputs(2, 70, 4, 2, 32, 32, 16, mode="given", dtype=torch.bfloat16, device=device)
+    for how in ("heads first", "slice"):
+        for op in (chunk_gsa, fused_recurrent_gsa):
+            a, b = testing.results(op, x), testing.results(op, noncontiguous(x, how))
+            for name in a:
+                assert torch.equal(a[name], b[name]), name
+
+
+def test_cotangents_may_be_views(device):
+    x = make_inputs(1, 40, 2, 1, 16, 16, 16, device=device)
+    leaves = [x[name].requires_grad_() for name in "qkvg"]
+    o, _ = chunk_gsa(**x)
+    cotangent = torch.randn(16, 2, 40, 1, device=device).permute(3, 2, 1, 0)
+    ones = torch.ones((), device=device).expand(o.shape)
+    for c in (cotangent, ones):
+        a = torch.autograd.grad(o, leaves, c, retain_graph=True)
+        b = torch.autograd.grad(o, leaves, c.contiguous(), retain_graph=True)
+        assert all(map(torch.equal, a, b))
+
+
+# ------------------------------------------------------------------------------------------------------------ step
+
+
+def one_token(device, dtype=torch.float32, mode="coupled", B=4, P=7, **options):
+    x = make_inputs(B, 1, 4, 2, 32, 48, 16, mode=mode, dtype=dtype, device=device, gate=1.0, **options)
+    row = {name: None if x[name] is None else x[name][:, 0] for name in "qkvsg"}
+    pool = make_inputs(P, 1, 4, 2, 32, 48, 16, mode=mode, dtype=dtype, device=device, initial_state=True, seed=5)["initial_state"]
+    return row, pool
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+@modes
+def test_step_pool(mode, index, device):
+    """Each row finds its state in the pool; padding rows may hold NaN, give 0 and change nothing; other rows of the pool keep their bits."""
+    row, pool = one_token(device, mode=mode, B=5)
+    where = [6, -1, 0, 3, -1]
+    for t in row.values():
+        if t is not None:
+            t[[1, 4]] = torch.nan
+    before = [t.clone() for t in pool]
+    o = gsa_step(**row, state=pool, state_indices=torch.tensor(where, dtype=index, device=device))
+    assert torch.equal(o[[1, 4]], torch.zeros_like(o[[1, 4]]))
+    live = [0, 2, 3]
+    alone = tuple(t[[where[i] for i in live]] for t in before)
+    want = gsa_step(**{name: None if t is None else t[live] for name, t in row.items()}, state=alone)
+    assert torch.equal(o[live], want)
+    for got, old, new in zip(pool, before, alone):
+        assert torch.equal(got[[6, 0, 3]], new) and torch.equal(got[[1, 2, 4, 5]], old[[1, 2, 4, 5]])
+
+
+@modes
+def test_step_with_bf16_state(mode, device):
+    """The state is rounded to bf16 after the step, the output is computed before: one step from the same state differs by that rounding alone."""
+    row, pool = one_token(device, torch.bfloat16, mode, B=7)
+    narrow = tuple(t.bfloat16() for t in pool)
+    wide = tuple(t.float() for t in narrow)
+    o, want = gsa_step(**row, state=narrow), gsa_step(**row, state=wide)
+    assert testing.error(o, want) < 4e-3
+    for got, exact in zip(narrow, wide):
+        assert got.dtype == torch.bfloat16 and testing.error(got, exact) < 3e-3
+
+
+def test_step_bf16_inputs_fp32_state_over_a_sequence(device):
+    check(stepwise, make_inputs(2, 60, 4, 2, 64, 64, 32, dtype=torch.bfloat16, gate=1.0, device=device), gradients=False)

@@ -1,0 +1,335 @@
+"""Converted models: what generate, the Trainer and from_pretrained ask of them."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+
+import gsa_ext.hf
+from gsa_ext.hf import GSAAttention, cache_bytes, convert
+from gsa_ext.reference import naive_gsa
+
+CASES = [("t2r", "all"), ("paper", "all"), ("t2r", [0, 2]), ("paper", [1])]
+VOCAB, T = 89, 29
+
+
+def llama(device="cpu"):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
+        bos_token_id=None, eos_token_id=None, pad_token_id=0)
+    return LlamaForCausalLM(config).eval().to(device)
+
+
+def converted(preset, layers, device="cpu", **options):
+    model = llama(device)
+    torch.manual_seed(1)
+    assert convert(model, preset, layers, **{"num_slots": 12, **options}) is model
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, GSAAttention):
+                module.f_proj.weight.normal_(0, 0.5)                   # gates that depend on the data
+    return model
+
+
+def tokens(device, B=2, length=T, seed=3):
+    return torch.randint(1, VOCAB, (B, length), generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def close(a, b, tolerance=1e-4):
+    error = (a - b).square().mean().sqrt() / b.square().mean().sqrt()
+    assert error < tolerance, f"relative error {error:.1e}"
+
+
+def test_attention_is_the_recurrence(device):
+    """The swapped layer, written out once more with the naive loop."""
+    for preset, layers in CASES[:2]:
+        model = converted(preset, layers, device)
+        layer = model.model.layers[1].self_attn
+        x = torch.randn(2, T, 32, device=device)
+        rotary = model.model.rotary_emb(x, torch.arange(T, device=device)[None])
+        with torch.no_grad():
+            q, k, v = (p(x).unflatten(-1, (-1, 8)) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+            if preset == "t2r":
+                from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+                q, k = apply_rotary_pos_emb(q, k, *rotary, unsqueeze_dim=2) if layer.settings["rope"] == "keep" else (q, k)
+                g = torch.nn.functional.logsigmoid(layer.f_proj(x)) / layer.settings["gate_logit_normalizer"]
+            else:
+                q, k, v = (torch.nn.functional.silu(y) for y in (q, k, v))
+                g = torch.nn.functional.logsigmoid(layer.f_proj(x)) / 8
+            o = naive_gsa(q, k, v, None, g.unflatten(-1, (2, 12)), scale=layer.settings["scale"])[0].flatten(-2)
+            if preset == "paper":
+                assert layer.settings["scale"] == 1.0 and layer.f_proj.bias is None
+                o = torch.nn.functional.rms_norm(torch.nn.functional.silu(o), (32,), layer.g_norm.weight, 1e-5)
+            close(layer(x, position_embeddings=rotary)[0], layer.o_proj(o))
+
+
+def test_first_half_lives():
+    """The gates of the t2r preset start nearly open or shut, and the slots with half-lives spaced evenly on a log scale."""
+    model = llama()
+    convert(model, "t2r", num_slots=5)
+    layer = model.model.layers[0].self_attn
+    low, high = layer.settings["half_lives"]
+    kept = torch.special.ndtr(layer.f_proj.bias.double() / layer.settings["gate_spread"])         # chance that a slot survives a token
+    half_lives = (math.log(0.5) / kept.log()).view(2, 5)                 # of the two key/value heads
+    want = low * (high / low) ** torch.linspace(0, 1, 5, dtype=torch.float64)
+    torch.testing.assert_close(half_lives, want.expand(2, 5), rtol=1e-3, atol=0)
+    logits = layer.f_proj(model.model.layers[0].input_layernorm(torch.randn(4000, 32))) - layer.f_proj.bias
+    assert 0.7 < logits.std() / layer.settings["gate_spread"] < 1.4
+
+
+def test_t2r_starts_near_softmax():
+    """With a slot for (almost) every token the converted layer is nearly the softmax attention."""
+    model, ids = llama(), tokens("cpu", length=6)
+    want = model(ids).logits
+    errors = []
+    for preset, slots in (("t2r", 64), ("t2r", 4), ("paper", 64)):
+        other = llama()
+        torch.manual_seed(0)
+        errors.append((convert(other, preset, num_slots=slots)(ids).logits - want).square().mean().sqrt().item())
+    assert errors == sorted(errors), errors
+
+
+@pytest.mark.parametrize("preset, layers", CASES)
+def test_parallel_equals_steps_equals_chunks(preset, layers, device):
+    model, ids = converted(preset, layers, device), tokens(device)
+    with torch.no_grad():
+        want = model(ids, use_cache=False).logits
+        for cuts in ([*range(T + 1)], [0, 7, 8, 9, 20, T]):
+            for cache in (None, DynamicCache(), DynamicCache(config=model.config)):
+                parts = []
+                for a, b in zip(cuts, cuts[1:]):
+                    out = model(ids[:, a:b], past_key_values=cache, use_cache=True)
+                    cache = out.past_key_values
+                    parts.append(out.logits)
+                close(torch.cat(parts, 1), want)
+                assert cache.get_seq_length() == T and not cache.is_compileable
+                if len(cuts) > 9:
+                    break
+        hidden = model(ids, output_hidden_states=True).hidden_states
+        assert len(hidden) == 4
+
+
+@pytest.mark.parametrize("preset, layers", CASES)
+def test_padding(preset, layers, device):
+    model, ids = converted(preset, layers, device), tokens(device)
+    pad, one = torch.zeros(2, 6, dtype=torch.long, device=device), torch.ones_like(ids)
+    with torch.no_grad():
+        want = model(ids).logits
+        close(model(torch.cat([pad, ids], 1), attention_mask=torch.cat([pad, one], 1)).logits[:, 6:], want)
+        close(model(torch.cat([ids, pad], 1), attention_mask=torch.cat([one, pad], 1)).logits[:, :-6], want)
+        short = torch.cat([ids[1:, :11], torch.zeros(1, T - 11, dtype=torch.long, device=device)], 1)
+        both = model(torch.cat([ids[:1], short]), attention_mask=torch.cat([one[:1], (short > 0).long()])).logits
+        close(both[:1], want[:1])
+        close(both[1:, :11], want[1:, :11])
+        plain = model.generate(ids, max_new_tokens=9, do_sample=False)
+        padded = model.generate(torch.cat([pad, ids], 1), attention_mask=torch.cat([pad, one], 1), max_new_tokens=9, do_sample=False)
+    assert torch.equal(padded[:, 6:], plain)
+
+
+@pytest.mark.parametrize("preset, layers", CASES)
+def test_packing(preset, layers, device):
+    model, ids = converted(preset, layers, device), tokens(device, B=1)
+    bounds = [0, 8, 9, T]
+    positions = torch.cat([torch.arange(b - a) for a, b in zip(bounds, bounds[1:])])[None].to(device)
+    number = torch.tensor([[0] * 8 + [1] + [2] * (T - 9)], dtype=torch.int32, device=device)
+    cu = torch.tensor(bounds, dtype=torch.int32, device=device)
+    with torch.no_grad():
+        want = torch.cat([model(ids[:, a:b]).logits for a, b in zip(bounds, bounds[1:])], 1)
+        for given in ({"position_ids": positions}, {"seq_idx": number}, {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": 20, "max_length_k": 20},
+                      {"position_ids": positions, "attention_mask": torch.ones_like(ids)}):
+            close(model(ids, **given).logits, want)
+        for given in ({"position_ids": positions.expand(2, -1)}, {"seq_idx": number.expand(2, -1)}, {"cu_seq_lens_q": cu}):
+            with pytest.raises(ValueError, match="batch size 1"):
+                model(ids.expand(2, -1), **given)
+        with pytest.raises(ValueError, match="packed"):
+            model(ids, position_ids=positions, use_cache=True)
+
+
+@pytest.mark.parametrize("preset, layers", CASES)
+def test_generate(preset, layers, device):
+    model, ids = converted(preset, layers, device), tokens(device)
+    for how in ({"do_sample": False}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 2}):
+        results = []
+        for use_cache in (True, False):
+            torch.manual_seed(0)
+            results.append(model.generate(ids, max_new_tokens=10, use_cache=use_cache, **how))
+        assert torch.equal(*results), how
+    assert model.generate(ids[:, :1], max_new_tokens=3, do_sample=False).shape == (2, 4)
+    with pytest.raises(ValueError, match="stateful"):
+        model.generate(ids[:1], max_new_tokens=5, assistant_model=llama(device))
+    with pytest.raises(ValueError, match="stateful"):
+        model.generate(ids[:1], max_new_tokens=5, prompt_lookup_num_tokens=3)
+    with pytest.raises(ValueError, match="static"):
+        model.generate(ids, max_new_tokens=5, cache_implementation="static")
+
+
+def test_cache(device):
+    model, ids = converted("t2r", "all", device), tokens(device)
+    sizes = set()
+    with torch.no_grad():
+        for length in (1, 5, T):
+            cache = model(ids[:, :length], use_cache=True).past_key_values
+            sizes.add(cache_bytes(cache))
+        assert sizes == {3 * 2 * 2 * 12 * (8 + 8) * 4}                 # layers, rows, kv heads, slots, keys and values, bytes
+        assert cache.get_max_length() == -1 and cache.get_mask_sizes(1, 0) == (T + 1, 0)
+        follow = tokens(device, length=3, seed=4)
+        want = model(follow, past_key_values=copy.deepcopy(cache)).logits
+        other = copy.deepcopy(cache)
+        other.batch_repeat_interleave(2)
+        other.reorder_cache(torch.tensor([2, 3, 0, 1]))
+        close(model(follow.flip(0).repeat_interleave(2, 0), past_key_values=other).logits, want.flip(0).repeat_interleave(2, 0))
+        other = copy.deepcopy(cache)
+        other.batch_select_indices(torch.tensor([1]))
+        close(model(follow[1:], past_key_values=other).logits, want[1:])
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        close(model(ids, past_key_values=cache).logits, model(ids).logits)
+    with pytest.raises(NotImplementedError, match="cropped"):
+        cache.crop(-1)
+    for layers in ("all", [1]):
+        model = converted("t2r", layers, device)
+        with pytest.raises(ValueError, match="Static"):
+            model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=64))
+    filled = llama(device)(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="already holds"):
+        model(ids, past_key_values=filled)
+    for mask in (torch.ones(2, 1, T, T), torch.ones(2, T - 1)):
+        with pytest.raises(ValueError, match="attention_mask"):
+            model(ids, attention_mask=mask.to(device))
+
+
+@pytest.mark.parametrize("preset, layers", CASES)
+def test_save_and_load(preset, layers, device, tmp_path):
+    model, ids = converted(preset, layers, device), tokens(device)
+    model.save_pretrained(tmp_path)
+    again, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(again) is type(model) and isinstance(again, LlamaForCausalLM) and not report["missing_keys"] and not report["unexpected_keys"]
+    state, want = again.state_dict(), model.state_dict()
+    assert state.keys() == want.keys() and all(torch.equal(state[name], want[name].cpu()) for name in want)
+    with torch.no_grad():
+        assert torch.equal(again.to(device).eval()(ids).logits, model(ids).logits)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_type"] == "gsa_llama" and config["architectures"] == ["GsaLlamaForCausalLM"] and config["gsa"] == model.config.gsa
+    assert AutoConfig.from_pretrained(tmp_path).gsa == model.config.gsa
+    base = AutoModel.from_pretrained(tmp_path).to(device).eval()
+    with torch.no_grad():
+        assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
+
+
+def test_missing_gate_is_initialised(tmp_path):
+    """A checkpoint without f_proj gets a fresh one as convert makes it, not transformers' own idea."""
+    model = llama()
+    convert(model, "t2r", num_slots=12)
+    state = {name: x for name, x in model.state_dict().items() if "layers.1.self_attn.f_proj" not in name}
+    model.save_pretrained(tmp_path, state_dict=state)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    gate, want = again.model.layers[1].self_attn.f_proj, model.model.layers[1].self_attn.f_proj
+    torch.testing.assert_close(gate.bias, want.bias)
+    assert gate.weight.std() > 0 and torch.equal(again.model.layers[0].self_attn.f_proj.weight, model.model.layers[0].self_attn.f_proj.weight)
+    fresh = type(model)(model.config)
+    torch.testing.assert_close(fresh.model.layers[1].self_attn.f_proj.bias, want.bias)
+
+
+def test_training(device):
+    """Default arguments give the gradients of the model without a cache; gradient checkpointing gives the same ones."""
+    ids = tokens(device)
+    for preset, layers in CASES:
+        model = converted(preset, layers, device).train()
+        grads = []
+        for setting in ("plain", "no cache", "reentrant", "not reentrant"):
+            model.zero_grad()
+            if "reentrant" in setting:
+                model.gradient_checkpointing_enable({"use_reentrant": setting == "reentrant"})
+            model(ids, labels=ids, **({"use_cache": False} if setting == "no cache" else {})).loss.backward()
+            grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        for name, want in grads[1].items():
+            assert want.isfinite().all() and want.abs().max() > 0, name
+            for other in (grads[0], grads[2], grads[3]):
+                close(other[name], want, 1e-5)
+        model.eval()                                                   # a cache that is made along the way does no harm
+        model.zero_grad()
+        model(ids, labels=ids, use_cache=True).loss.backward()
+        for name, p in model.named_parameters():
+            close(p.grad, grads[1][name], 1e-5)
+
+
+def test_conversion_in_place(device):
+    config = LlamaConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
+    one, two = LlamaForCausalLM(config).eval().to(device), LlamaForCausalLM(config).eval().to(device)
+    ids, before = tokens(device), two(tokens(device)).logits
+    weights = dict(one.named_parameters())
+    convert(one, "t2r", [-1], num_slots=7)
+    assert not hasattr(config, "gsa") and type(two) is LlamaForCausalLM and torch.equal(two(ids).logits, before)
+    assert type(two.config) is LlamaConfig and one.model.config is one.config and isinstance(one.config, LlamaConfig)
+    after = dict(one.named_parameters())
+    assert all(after[name] is p for name, p in weights.items())
+    assert after.keys() - weights.keys() == {"model.layers.2.self_attn.f_proj.weight", "model.layers.2.self_attn.f_proj.bias"}
+    assert one.config.gsa["layers"].keys() == {"2"} and json.loads(json.dumps(one.config.gsa)) == one.config.gsa
+    gate = after["model.layers.2.self_attn.f_proj.weight"]
+    convert(one, "paper", [0], num_slots=9)                              # further layers of a hybrid
+    assert one.config.gsa["layers"].keys() == {"0", "2"} and dict(one.named_parameters())["model.layers.2.self_attn.f_proj.weight"] is gate
+    assert type(one.model.layers[1].self_attn).__name__ == "LlamaAttention"
+    assert one(ids, use_cache=True).logits.isfinite().all()
+
+
+def test_refusals():
+    model = llama()
+    for arguments, error, match in (
+        ({"preset": "rwkv"}, ValueError, "preset"), ({"preset": "liger"}, NotImplementedError, "liger"), ({"layers": "some"}, ValueError, "layers"),
+        ({"layers": [3]}, ValueError, "layers"), ({"layers": []}, ValueError, "layers"),
+        ({"layers": [0, -3]}, ValueError, "layers"), ({"layers": [1.0]}, TypeError, "layers"),
+        ({"num_slots": 0}, ValueError, "num_slots"), ({"num_slots": "many"}, TypeError, "num_slots"), ({"rope": "yes"}, ValueError, "rope"),
+        ({"scale": -1.0}, ValueError, "scale"), ({"scale": "big"}, TypeError, "scale"),
+        ({"gate": "key"}, NotImplementedError, "gate"), ({"gate": "none"}, ValueError, "gate"),
+        ({"window": 64}, ValueError, "window"), ({"slots": 3}, TypeError, "slots"),
+    ):
+        before = {name: id(p) for name, p in model.named_parameters()}
+        with pytest.raises(error, match=match):
+            convert(model, **arguments)
+        assert type(model) is LlamaForCausalLM and not hasattr(model.config, "gsa") and {name: id(p) for name, p in model.named_parameters()} == before
+    with pytest.raises(TypeError, match="model"):
+        convert(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="LlamaForCausalLM"):
+        convert(model.model)
+    from transformers import GPT2Config, GPT2LMHeadModel
+    with pytest.raises(ValueError, match="gpt2"):
+        convert(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=5)))
+    convert(model, layers=[1])
+    with pytest.raises(ValueError, match="layer 1 is a GSA layer already"):
+        convert(model)
+    assert model.config.gsa["layers"].keys() == {"1"} and type(model.model.layers[0].self_attn).__name__ == "LlamaAttention"
+
+
+def test_failing_conversion_leaves_the_model(monkeypatch):
+    model, ids = llama(), tokens("cpu")
+    before, config = model(ids).logits, model.config
+    monkeypatch.setattr(gsa_ext.hf.attention.GateProjection, "reset_parameters", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        convert(model)
+    assert type(model) is LlamaForCausalLM and model.config is config and torch.equal(model(ids).logits, before)
+
+
+def test_meta_and_dtypes(device):
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4))
+    convert(model)
+    assert model.model.layers[0].self_attn.f_proj.weight.is_meta
+    half = llama(device).to(torch.bfloat16)
+    convert(half, num_slots=8)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16} and {p.device.type for p in half.parameters()} == {device.type}
+    out = half(tokens(device), use_cache=True)
+    assert out.logits.dtype == torch.bfloat16 and out.logits.isfinite().all() and out.past_key_values.layers[0].slots[0].dtype == torch.float32
+
+
+def test_pickle_and_copy():
+    import pickle
+    model, ids = converted("t2r", "all"), tokens("cpu")
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(other) is type(model) and torch.equal(other(ids).logits, model(ids).logits)
