@@ -20,16 +20,22 @@ using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Seven = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-using ChunkSignature = Four(const Tensor&, const Tensor&, const Tensor&, const OptTensor&, const Tensor&, OptDouble, const OptTensor&, const OptTensor&, const OptTensor&, bool, int64_t);
-using RecurrentSignature = Three(const Tensor&, const Tensor&, const Tensor&, const OptTensor&, const Tensor&, OptDouble, const OptTensor&, const OptTensor&, const OptTensor&, bool, bool);
-using BackwardSignature = Seven(const OptTensor&, const OptTensor&, const OptTensor&, const Tensor&, const Tensor&, const Tensor&, const OptTensor&, const Tensor&, OptDouble, const OptTensor&,
-                                const OptTensor&, const OptTensor&, const OptTensor&, bool, bool);
+using ChunkSignature = Four(const Tensor&, const Tensor&, const Tensor&, const OptTensor&, const Tensor&, OptDouble, const OptTensor&, const OptTensor&,
+                            const OptTensor&, bool, int64_t);
+using RecurrentSignature = Three(const Tensor&, const Tensor&, const Tensor&, const OptTensor&, const Tensor&, OptDouble, const OptTensor&, const OptTensor&,
+                                 const OptTensor&, bool, bool);
+using BackwardSignature = Seven(const OptTensor&, const OptTensor&, const OptTensor&, const Tensor&, const Tensor&, const Tensor&, const OptTensor&,
+                                const Tensor&, OptDouble, const OptTensor&, const OptTensor&, const OptTensor&, const OptTensor&, bool, bool);
 using AbcSignature = Three(const Tensor&, const OptTensor&, const OptTensor&, bool);
-using AbcBackwardSignature = Two(const Tensor&, const Tensor&, const OptTensor&, const Tensor&, const Tensor&, const Tensor&, const OptTensor&, const OptTensor&, bool);
-using StepSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptTensor&, const OptTensor&, Tensor, Tensor, const OptTensor&, OptDouble, const OptTensor&);
+using AbcBackwardSignature = Two(const Tensor&, const Tensor&, const OptTensor&, const Tensor&, const Tensor&, const Tensor&, const OptTensor&,
+                                 const OptTensor&, bool);
+using StepSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptTensor&, const OptTensor&, Tensor, Tensor, const OptTensor&, OptDouble,
+                             const OptTensor&);
 
 template <class Signature>
-auto find(const char* name) { return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>(); }
+auto find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
 
 OptTensor maybe(const Tensor& x) { return x.defined() ? OptTensor(x) : std::nullopt; }
 Tensor or_undefined(const OptTensor& x) { return x.value_or(Tensor()); }
@@ -50,14 +56,14 @@ variable_list sequence_backward(AutogradContext* ctx, const variable_list& grads
   const variable_list x = ctx->get_saved_variables();
   OptDouble scale;
   if (!ctx->saved_data["scale"].isNone()) scale = ctx->saved_data["scale"].toDouble();
-  auto [dq, dk, dv, ds, dg, dhk0, dhv0] =
-      op.call(maybe(grads[0]), maybe(grads[1]), maybe(grads[2]), x[0], x[1], x[2], maybe(x[3]), x[4], scale, maybe(x[5]), maybe(x[6]), maybe(x[7]), maybe(x[8]), exact, ctx->saved_data["reverse"].toBool());
+  auto [dq, dk, dv, ds, dg, dhk0, dhv0] = op.call(maybe(grads[0]), maybe(grads[1]), maybe(grads[2]), x[0], x[1], x[2], maybe(x[3]), x[4], scale, maybe(x[5]),
+                                                  maybe(x[6]), maybe(x[7]), maybe(x[8]), exact, ctx->saved_data["reverse"].toBool());
   const Tensor none;
   return {dq, dk, dv, x[3].defined() ? ds : none, dg, none, x[5].defined() ? dhk0 : none, x[6].defined() ? dhv0 : none, none, none, none};
 }
 
-void save(AutogradContext* ctx, const OptDouble& scale, bool reverse, const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const Tensor& g, const OptTensor& hk0,
-          const OptTensor& hv0, const OptTensor& cu, const Tensor& boundary) {
+void save(AutogradContext* ctx, const OptDouble& scale, bool reverse, const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const Tensor& g,
+          const OptTensor& hk0, const OptTensor& hv0, const OptTensor& cu, const Tensor& boundary) {
   ctx->save_for_backward({q, k, v, or_undefined(s), g, or_undefined(hk0), or_undefined(hv0), or_undefined(cu), boundary});
   ctx->saved_data["scale"] = scale ? c10::IValue(*scale) : c10::IValue();
   ctx->saved_data["reverse"] = reverse;
@@ -65,8 +71,8 @@ void save(AutogradContext* ctx, const OptDouble& scale, bool reverse, const Tens
 }
 
 struct Chunk : torch::autograd::Function<Chunk> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const Tensor& g, OptDouble scale, const OptTensor& hk0,
-                               const OptTensor& hv0, const OptTensor& cu, bool output_final_state, int64_t checkpoint_level) {
+  static variable_list forward(AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const Tensor& g, OptDouble scale,
+                               const OptTensor& hk0, const OptTensor& hv0, const OptTensor& cu, bool output_final_state, int64_t checkpoint_level) {
     const at::AutoDispatchBelowADInplaceOrView below;
     static auto op = find<ChunkSignature>("gsa::chunk");
     auto [o, hk, hv, boundary] = op.call(q, k, v, s, g, scale, hk0, hv0, cu, output_final_state, checkpoint_level);
@@ -78,8 +84,8 @@ struct Chunk : torch::autograd::Function<Chunk> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) { return sequence_backward(ctx, grads, false); }
 };
 
-Four chunk(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const Tensor& g, OptDouble scale, const OptTensor& hk0, const OptTensor& hv0, const OptTensor& cu,
-           bool output_final_state, int64_t checkpoint_level) {
+Four chunk(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const Tensor& g, OptDouble scale, const OptTensor& hk0, const OptTensor& hv0,
+           const OptTensor& cu, bool output_final_state, int64_t checkpoint_level) {
   if (!any_requires_grad(q, k, v, s, g, hk0, hv0)) {
     const at::AutoDispatchBelowADInplaceOrView below;
     static auto op = find<ChunkSignature>("gsa::chunk");
@@ -90,8 +96,8 @@ Four chunk(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s
 }
 
 struct Recurrent : torch::autograd::Function<Recurrent> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const Tensor& g, OptDouble scale, const OptTensor& hk0,
-                               const OptTensor& hv0, const OptTensor& cu, bool output_final_state, bool reverse) {
+  static variable_list forward(AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const Tensor& g, OptDouble scale,
+                               const OptTensor& hk0, const OptTensor& hv0, const OptTensor& cu, bool output_final_state, bool reverse) {
     const at::AutoDispatchBelowADInplaceOrView below;
     static auto op = find<RecurrentSignature>("gsa::recurrent");
     auto [o, hk, hv] = op.call(q, k, v, s, g, scale, hk0, hv0, cu, output_final_state, reverse);
@@ -102,8 +108,8 @@ struct Recurrent : torch::autograd::Function<Recurrent> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) { return sequence_backward(ctx, grads, true); }
 };
 
-Three recurrent(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const Tensor& g, OptDouble scale, const OptTensor& hk0, const OptTensor& hv0, const OptTensor& cu,
-                bool output_final_state, bool reverse) {
+Three recurrent(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const Tensor& g, OptDouble scale, const OptTensor& hk0,
+                const OptTensor& hv0, const OptTensor& cu, bool output_final_state, bool reverse) {
   if (!any_requires_grad(q, k, v, s, g, hk0, hv0)) {
     const at::AutoDispatchBelowADInplaceOrView below;
     static auto op = find<RecurrentSignature>("gsa::recurrent");
@@ -140,12 +146,14 @@ Three abc_gates(const Tensor& e, const OptTensor& z0, const OptTensor& cu, bool 
 // ------------------------------------------------------------------------------------------------------------ second derivatives
 
 [[noreturn]] void no_second_derivative() {
-  TORCH_CHECK(false, "gsa_ext: the backward of the backward is not supported; use gsa_ext.reference.naive_gsa, which can be differentiated any number of times");
+  TORCH_CHECK(false,
+              "gsa_ext: the backward of the backward is not supported; use gsa_ext.reference.naive_gsa, which can be differentiated any number of times");
 }
 
 struct ChunkBackward : torch::autograd::Function<ChunkBackward> {
-  static variable_list forward(AutogradContext*, const OptTensor& d_o, const OptTensor& d_hk, const OptTensor& d_hv, const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const Tensor& g,
-                               OptDouble scale, const OptTensor& hk0, const OptTensor& hv0, const OptTensor& cu, const OptTensor& boundary, bool exact, bool reverse) {
+  static variable_list forward(AutogradContext*, const OptTensor& d_o, const OptTensor& d_hk, const OptTensor& d_hv, const Tensor& q, const Tensor& k,
+                               const Tensor& v, const OptTensor& s, const Tensor& g, OptDouble scale, const OptTensor& hk0, const OptTensor& hv0,
+                               const OptTensor& cu, const OptTensor& boundary, bool exact, bool reverse) {
     const at::AutoDispatchBelowADInplaceOrView below;
     static auto op = find<BackwardSignature>("gsa::chunk_backward");
     auto [a, b, c, d, e, f, h] = op.call(d_o, d_hk, d_hv, q, k, v, s, g, scale, hk0, hv0, cu, boundary, exact, reverse);
@@ -154,14 +162,16 @@ struct ChunkBackward : torch::autograd::Function<ChunkBackward> {
   static variable_list backward(AutogradContext*, const variable_list&) { no_second_derivative(); }
 };
 
-Seven chunk_backward(const OptTensor& d_o, const OptTensor& d_hk, const OptTensor& d_hv, const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const Tensor& g, OptDouble scale,
-                     const OptTensor& hk0, const OptTensor& hv0, const OptTensor& cu, const OptTensor& boundary, bool exact, bool reverse) {
+Seven chunk_backward(const OptTensor& d_o, const OptTensor& d_hk, const OptTensor& d_hv, const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s,
+                     const Tensor& g, OptDouble scale, const OptTensor& hk0, const OptTensor& hv0, const OptTensor& cu, const OptTensor& boundary, bool exact,
+                     bool reverse) {
   auto r = ChunkBackward::apply(d_o, d_hk, d_hv, q, k, v, s, g, scale, hk0, hv0, cu, boundary, exact, reverse);
   return {r[0], r[1], r[2], r[3], r[4], r[5], r[6]};
 }
 
 struct AbcBackward : torch::autograd::Function<AbcBackward> {
-  static variable_list forward(AutogradContext*, const Tensor& ds, const Tensor& dg, const OptTensor& dz, const Tensor& e, const Tensor& s, const Tensor& g, const OptTensor& z0, const OptTensor& cu, bool reverse) {
+  static variable_list forward(AutogradContext*, const Tensor& ds, const Tensor& dg, const OptTensor& dz, const Tensor& e, const Tensor& s, const Tensor& g,
+                               const OptTensor& z0, const OptTensor& cu, bool reverse) {
     const at::AutoDispatchBelowADInplaceOrView below;
     static auto op = find<AbcBackwardSignature>("gsa::abc_gates_backward");
     auto [de, dz0] = op.call(ds, dg, dz, e, s, g, z0, cu, reverse);
@@ -170,7 +180,8 @@ struct AbcBackward : torch::autograd::Function<AbcBackward> {
   static variable_list backward(AutogradContext*, const variable_list&) { no_second_derivative(); }
 };
 
-Two abc_gates_backward(const Tensor& ds, const Tensor& dg, const OptTensor& dz, const Tensor& e, const Tensor& s, const Tensor& g, const OptTensor& z0, const OptTensor& cu, bool reverse) {
+Two abc_gates_backward(const Tensor& ds, const Tensor& dg, const OptTensor& dz, const Tensor& e, const Tensor& s, const Tensor& g, const OptTensor& z0,
+                       const OptTensor& cu, bool reverse) {
   auto r = AbcBackward::apply(ds, dg, dz, e, s, g, z0, cu, reverse);
   return {r[0], r[1]};
 }
@@ -178,7 +189,8 @@ Two abc_gates_backward(const Tensor& ds, const Tensor& dg, const OptTensor& dz, 
 // ------------------------------------------------------------------------------------------------------------ step
 
 // Decoding has no gradient: it writes the states in place.
-Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const OptTensor& g, Tensor hk, Tensor hv, const OptTensor& z, OptDouble scale, const OptTensor& state_indices) {
+Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const OptTensor& g, Tensor hk, Tensor hv, const OptTensor& z,
+            OptDouble scale, const OptTensor& state_indices) {
   TORCH_CHECK(!any_requires_grad(q, k, v, s, g, hk, hv, z),
               "gsa_step: grad mode is on and an input or state requires grad, but the step writes the states in place and has no backward; "
               "use fused_recurrent_gsa, or call it under torch.no_grad()");

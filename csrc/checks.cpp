@@ -38,7 +38,8 @@ void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v) {
   const bool wide = t == at::kDouble;
   TORCH_CHECK_TYPE(t == at::kBFloat16 || t == at::kHalf || t == at::kFloat || wide,
                    "q: expected dtype bfloat16, float16, float32 or (on the CPU) float64, given ", t);
-  TORCH_CHECK_TYPE(!(wide && q.is_cuda()), "q: float64 is computed on the CPU only, given float64 on ", q.device(), "; move the inputs to the CPU or cast them to float32");
+  TORCH_CHECK_TYPE(!(wide && q.is_cuda()), "q: float64 is computed on the CPU only, given float64 on ", q.device(),
+                   "; move the inputs to the CPU or cast them to float32");
   TORCH_CHECK_TYPE(k.scalar_type() == t, "k: expected q's dtype ", t, ", given ", k.scalar_type(), "; cast them to one dtype");
   TORCH_CHECK_TYPE(v.scalar_type() == t, "v: expected q's dtype ", t, ", given ", v.scalar_type(), "; cast them to one dtype");
   check_device("k", k, q);
@@ -46,8 +47,8 @@ void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v) {
 }
 
 void check_gate(const char* name, const Tensor& x, const Tensor& q) {
-  TORCH_CHECK_TYPE(x.scalar_type() == q.scalar_type() || x.scalar_type() == at::kFloat, name, ": expected q's dtype ", q.scalar_type(),
-                   " or float32, given ", x.scalar_type());
+  TORCH_CHECK_TYPE(x.scalar_type() == q.scalar_type() || x.scalar_type() == at::kFloat, name, ": expected q's dtype ", q.scalar_type(), " or float32, given ",
+                   x.scalar_type());
   check_device(name, x, q);
 }
 
@@ -79,7 +80,8 @@ Sym check_packing(const OptTensor& cu_seqlens, const Tensor& q, const char* lead
   const Tensor& c = *cu_seqlens;
   TORCH_CHECK_TYPE(c.scalar_type() == at::kInt || c.scalar_type() == at::kLong, "cu_seqlens: expected dtype int32 or int64, given ", c.scalar_type());
   TORCH_CHECK_VALUE(c.dim() == 1 && c.sym_size(0) >= 1, "cu_seqlens: expected shape [N + 1], given ", c.sym_sizes());
-  TORCH_CHECK_VALUE(q.sym_size(0) == 1, "cu_seqlens: packed sequences need a batch of 1, given ", lead, " with B = ", q.sym_size(0), "; flatten the batch into T");
+  TORCH_CHECK_VALUE(q.sym_size(0) == 1, "cu_seqlens: packed sequences need a batch of 1, given ", lead, " with B = ", q.sym_size(0),
+                    "; flatten the batch into T");
   check_device("cu_seqlens", c, q, lead);
   return c.sym_size(0) - 1;
 }
@@ -94,8 +96,8 @@ void check_leading(const char* name, const Tensor& x, const Sym& N) {
 void set_checks(bool on) { checks_on = on; }
 bool checks() { return checks_on; }
 
-Shape check_sequence(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const Tensor& g, const OptTensor& hk0,
-                     const OptTensor& hv0, const OptTensor& cu_seqlens) {
+Shape check_sequence(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const Tensor& g, const OptTensor& hk0, const OptTensor& hv0,
+                     const OptTensor& cu_seqlens) {
   check_rank("q", q, 4, "[B, T, HQ, K]");
   check_rank("k", k, 4, "[B, T, H, K]");
   check_rank("v", v, 4, "[B, T, H, V]");
@@ -143,8 +145,8 @@ Shape check_abc(const Tensor& e, const OptTensor& z0, const OptTensor& cu_seqlen
   return d;
 }
 
-Shape check_step(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const OptTensor& g, const Tensor& hk,
-                 const Tensor& hv, const OptTensor& z, const OptTensor& state_indices) {
+Shape check_step(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const OptTensor& g, const Tensor& hk, const Tensor& hv,
+                 const OptTensor& z, const OptTensor& state_indices) {
   TORCH_CHECK_VALUE(s || g, "s and g are both None: give g (coupled write s = 1 - exp(g)), s (ABC: raw slot logits), or both");
   const Tensor& gate = g ? *g : *s;
   check_rank("q", q, 3, "[B, HQ, K]");
@@ -167,7 +169,8 @@ Shape check_step(const Tensor& q, const Tensor& k, const Tensor& v, const OptTen
   check_state("state Hk", hk, q, true);
   check_state("state Hv", hv, q, true);
   TORCH_CHECK_TYPE(hk.scalar_type() == hv.scalar_type(), "state: Hk is ", hk.scalar_type(), " and Hv ", hv.scalar_type(), ": use one dtype");
-  TORCH_CHECK_VALUE(hk.is_contiguous() && hv.is_contiguous(), "state: Hk and Hv are updated in place and must be contiguous; call .contiguous() once when the state is made");
+  TORCH_CHECK_VALUE(hk.is_contiguous() && hv.is_contiguous(),
+                    "state: Hk and Hv are updated in place and must be contiguous; call .contiguous() once when the state is made");
   if (!g) {
     TORCH_CHECK_VALUE(z, "state: ABC (g is None) needs (Hk, Hv, z), z is missing; take it from the final state that was handed over");
     check_shape("state z", *z, "[P, H, M]", {d.N, d.H, d.M});

@@ -21,11 +21,11 @@ struct Shape {
   bool packed = false;
 };
 
-Shape check_sequence(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const Tensor& g, const OptTensor& hk0,
-                     const OptTensor& hv0, const OptTensor& cu_seqlens);
+Shape check_sequence(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const Tensor& g, const OptTensor& hk0, const OptTensor& hv0,
+                     const OptTensor& cu_seqlens);
 Shape check_abc(const Tensor& e, const OptTensor& z0, const OptTensor& cu_seqlens);
-Shape check_step(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const OptTensor& g, const Tensor& hk,
-                 const Tensor& hv, const OptTensor& z, const OptTensor& state_indices);
+Shape check_step(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const OptTensor& g, const Tensor& hk, const Tensor& hv,
+                 const OptTensor& z, const OptTensor& state_indices);
 
 // For real tensors only: contents, where they may be looked at.
 void check_lengths(const OptTensor& cu_seqlens, int64_t T);

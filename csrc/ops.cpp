@@ -68,7 +68,8 @@ Math math_of(const Tensor& q, bool exact) {
 struct Inputs {
   Tensor q, k, v, s, g, hk0, hv0, cu;
 
-  Inputs(const Tensor& q_, const Tensor& k_, const Tensor& v_, const OptTensor& s_, const Tensor& g_, const OptTensor& hk0_, const OptTensor& hv0_, const OptTensor& cu_)
+  Inputs(const Tensor& q_, const Tensor& k_, const Tensor& v_, const OptTensor& s_, const Tensor& g_, const OptTensor& hk0_, const OptTensor& hv0_,
+         const OptTensor& cu_)
       : q(readable(q_)), k(readable(k_)), v(readable(v_)), g(gate_input(g_, q_)) {
     if (s_) s = gate_input(*s_, q_);
     if (hk0_) hk0 = hk0_->contiguous(), hv0 = hv0_->contiguous();
@@ -100,8 +101,9 @@ Tensor workspace(Params& p, int64_t bytes, const Tensor& like) {
 #define GSA_CALL(like, call) ((like).is_cuda() ? cuda::call : cpu::call)
 #else
 [[noreturn]] void no_cuda() {
-  TORCH_CHECK(false, "CUDA tensors given, but this build of gsa_ext has CPU kernels only (no CUDA toolkit was found when it was built); "
-                     "install a CUDA toolkit of torch's major version and reinstall gsa_ext with GSA_BUILD_CUDA=1, or move the tensors to the CPU");
+  TORCH_CHECK(false,
+              "CUDA tensors given, but this build of gsa_ext has CPU kernels only (no CUDA toolkit was found when it was built); "
+              "install a CUDA toolkit of torch's major version and reinstall gsa_ext with GSA_BUILD_CUDA=1, or move the tensors to the CPU");
 }
 #define GSA_CALL(like, call) ((like).is_cuda() ? (no_cuda(), cpu::call) : cpu::call)
 #endif
@@ -112,9 +114,7 @@ Tensor initial_states(const Tensor& h0, const std::vector<int64_t>& shape, const
 
 // ------------------------------------------------------------------------------------------------------------ chunk, recurrent
 
-void check_level(int64_t level) {
-  TORCH_CHECK_VALUE(level >= 0 && level <= 2, "checkpoint_level: expected 0, 1 or 2, given ", level);
-}
+void check_level(int64_t level) { TORCH_CHECK_VALUE(level >= 0 && level <= 2, "checkpoint_level: expected 0, 1 or 2, given ", level); }
 
 Four chunk(const Tensor& q_, const Tensor& k_, const Tensor& v_, const OptTensor& s_, const Tensor& g_, OptDouble scale, const OptTensor& hk0_,
            const OptTensor& hv0_, const OptTensor& cu_, bool output_final_state, int64_t checkpoint_level) {
@@ -176,8 +176,8 @@ Three recurrent(const Tensor& q_, const Tensor& k_, const Tensor& v_, const OptT
   return {o, hk, hv};
 }
 
-Four chunk_meta(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const Tensor& g, OptDouble, const OptTensor& hk0,
-                const OptTensor& hv0, const OptTensor& cu, bool output_final_state, int64_t checkpoint_level) {
+Four chunk_meta(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const Tensor& g, OptDouble, const OptTensor& hk0, const OptTensor& hv0,
+                const OptTensor& cu, bool output_final_state, int64_t checkpoint_level) {
   const Shape d = check_sequence(q, k, v, s, g, hk0, hv0, cu);
   check_level(checkpoint_level);
   const auto states = q.options().dtype(state_dtype(q));
@@ -201,8 +201,9 @@ Three recurrent_meta(const Tensor& q, const Tensor& k, const Tensor& v, const Op
 
 // exact: the backward of the recurrent form, in fp32 whatever the inputs. Gradients come in the dtype of the input they belong to; those of
 // absent inputs are empty.
-Seven chunk_backward(const OptTensor& d_o_, const OptTensor& d_hk_, const OptTensor& d_hv_, const Tensor& q_, const Tensor& k_, const Tensor& v_, const OptTensor& s_,
-                     const Tensor& g_, OptDouble scale, const OptTensor& hk0_, const OptTensor& hv0_, const OptTensor& cu_, const OptTensor& boundary_, bool exact, bool reverse) {
+Seven chunk_backward(const OptTensor& d_o_, const OptTensor& d_hk_, const OptTensor& d_hv_, const Tensor& q_, const Tensor& k_, const Tensor& v_,
+                     const OptTensor& s_, const Tensor& g_, OptDouble scale, const OptTensor& hk0_, const OptTensor& hv0_, const OptTensor& cu_,
+                     const OptTensor& boundary_, bool exact, bool reverse) {
   check_sequence(q_, k_, v_, s_, g_, hk0_, hv0_, cu_);
   const c10::DeviceGuard guard(q_.device());
   const Inputs in(q_, k_, v_, s_, g_, hk0_, hv0_, cu_);
@@ -221,8 +222,10 @@ Seven chunk_backward(const OptTensor& d_o_, const OptTensor& d_hk_, const OptTen
   if (p.B == 0 || p.T == 0 || p.N == 0) {
     for (Tensor* x : {&dq, &dk, &dv, &ds, &dg}) x->zero_();
     if (has_state) {
-      if (dhk.defined()) dhk0.copy_(dhk); else dhk0.zero_();
-      if (dhv.defined()) dhv0.copy_(dhv); else dhv0.zero_();
+      if (dhk.defined()) dhk0.copy_(dhk);
+      else dhk0.zero_();
+      if (dhv.defined()) dhv0.copy_(dhv);
+      else dhv0.zero_();
     }
   } else {
     const Tensor d_o = d_o_ ? readable(in_dtype(*d_o_, q_.scalar_type())) : at::zeros({p.B, p.T, p.HQ, p.V}, q_.options());
@@ -240,12 +243,17 @@ Seven chunk_backward(const OptTensor& d_o_, const OptTensor& d_hk_, const OptTen
   return {dq, dk, dv, s_ ? in_dtype(ds, s_->scalar_type()) : ds, in_dtype(dg, g_.scalar_type()), dhk0, dhv0};
 }
 
-Seven chunk_backward_meta(const OptTensor&, const OptTensor&, const OptTensor&, const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const Tensor& g, OptDouble,
-                          const OptTensor& hk0, const OptTensor& hv0, const OptTensor&, const OptTensor&, bool, bool) {
+Seven chunk_backward_meta(const OptTensor&, const OptTensor&, const OptTensor&, const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s,
+                          const Tensor& g, OptDouble, const OptTensor& hk0, const OptTensor& hv0, const OptTensor&, const OptTensor&, bool, bool) {
   const auto states = q.options().dtype(state_dtype(q));
   auto like = [](const Tensor& x, const at::TensorOptions& o) { return at::empty_symint(x.sym_sizes(), o); };
-  return {like(q, q.options()), like(k, k.options()), like(v, v.options()), s ? like(*s, s->options()) : at::empty({0}, q.scalar_type() == at::kDouble ? states : g.options()), like(g, g.options()),
-          hk0 ? like(*hk0, states) : at::empty({0}, states), hv0 ? like(*hv0, states) : at::empty({0}, states)};
+  return {like(q, q.options()),
+          like(k, k.options()),
+          like(v, v.options()),
+          s ? like(*s, s->options()) : at::empty({0}, q.scalar_type() == at::kDouble ? states : g.options()),
+          like(g, g.options()),
+          hk0 ? like(*hk0, states) : at::empty({0}, states),
+          hv0 ? like(*hv0, states) : at::empty({0}, states)};
 }
 
 // ------------------------------------------------------------------------------------------------------------ ABC gates
@@ -269,7 +277,8 @@ Three abc_gates(const Tensor& e_, const OptTensor& z0_, const OptTensor& cu_, bo
   const Tensor z0 = z0_ ? z0_->expand({N, H, M}).contiguous() : Tensor();
   Tensor s = at::empty(e.sizes(), states), g = at::empty(e.sizes(), states), z = at::empty({N, H, M}, states);
   if (e.numel() == 0 || N == 0) {
-    if (z0.defined()) z.copy_(z0); else z.fill_(-INFINITY);
+    if (z0.defined()) z.copy_(z0);
+    else z.fill_(-INFINITY);
     return {s, g, z};
   }
   AbcParams p;
@@ -286,7 +295,8 @@ Three abc_gates_meta(const Tensor& e, const OptTensor& z0, const OptTensor& cu, 
   return {at::empty_symint(e.sym_sizes(), states), at::empty_symint(e.sym_sizes(), states), at::empty_symint({d.N, d.H, d.M}, states)};
 }
 
-Two abc_gates_backward(const Tensor& ds_, const Tensor& dg_, const OptTensor& dz_, const Tensor& e_, const Tensor& s_, const Tensor& g_, const OptTensor& z0_, const OptTensor& cu_, bool reverse) {
+Two abc_gates_backward(const Tensor& ds_, const Tensor& dg_, const OptTensor& dz_, const Tensor& e_, const Tensor& s_, const Tensor& g_, const OptTensor& z0_,
+                       const OptTensor& cu_, bool reverse) {
   const Shape d = check_abc(e_, z0_, cu_);
   const c10::DeviceGuard guard(e_.device());
   const auto states = e_.options().dtype(state_dtype(e_));
@@ -298,7 +308,10 @@ Two abc_gates_backward(const Tensor& ds_, const Tensor& dg_, const OptTensor& dz
   Tensor de = at::empty(e.sizes(), e.options());
   Tensor dz0 = z0.defined() ? at::empty({N, H, M}, states) : at::empty({0}, states);
   if (e.numel() == 0 || N == 0) {
-    if (z0.defined()) { if (dz.defined()) dz0.copy_(dz); else dz0.zero_(); }
+    if (z0.defined()) {
+      if (dz.defined()) dz0.copy_(dz);
+      else dz0.zero_();
+    }
   } else {
     AbcParams p;
     fill_abc(p, e, cu, reverse);
@@ -311,7 +324,8 @@ Two abc_gates_backward(const Tensor& ds_, const Tensor& dg_, const OptTensor& dz
   return {de, dz0};
 }
 
-Two abc_gates_backward_meta(const Tensor&, const Tensor&, const OptTensor&, const Tensor& e, const Tensor&, const Tensor&, const OptTensor& z0, const OptTensor&, bool) {
+Two abc_gates_backward_meta(const Tensor&, const Tensor&, const OptTensor&, const Tensor& e, const Tensor&, const Tensor&, const OptTensor& z0,
+                            const OptTensor&, bool) {
   const auto states = e.options().dtype(state_dtype(e));
   return {at::empty_symint(e.sym_sizes(), e.options()), z0 ? at::empty_symint(z0->sym_sizes(), states) : at::empty({0}, states)};
 }
@@ -344,8 +358,8 @@ Tensor step(const Tensor& q_, const Tensor& k_, const Tensor& v_, const OptTenso
   return o;
 }
 
-Tensor step_meta(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const OptTensor& g, Tensor hk, Tensor hv, const OptTensor& z,
-                 OptDouble, const OptTensor& state_indices) {
+Tensor step_meta(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const OptTensor& g, Tensor hk, Tensor hv, const OptTensor& z, OptDouble,
+                 const OptTensor& state_indices) {
   const Shape d = check_step(q, k, v, s, g, hk, hv, z, state_indices);
   return at::empty_symint({d.B, d.HQ, d.V}, q.options());
 }
@@ -358,7 +372,9 @@ struct Autocast {
   c10::impl::ExcludeDispatchKeyGuard off{at::autocast::get_autocast_dispatch_key_from_device_type(device)};
 
   static Tensor cast(const Tensor& x) { return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), x, device); }
-  static Tensor gate(const Tensor& x, const Tensor& q) { return x.scalar_type() == q.scalar_type() || x.scalar_type() == at::kDouble || !x.is_floating_point() ? x : x.to(at::kFloat); }
+  static Tensor gate(const Tensor& x, const Tensor& q) {
+    return x.scalar_type() == q.scalar_type() || x.scalar_type() == at::kDouble || !x.is_floating_point() ? x : x.to(at::kFloat);
+  }
   static OptTensor gate(const OptTensor& x, const Tensor& q) { return x ? OptTensor(gate(*x, q)) : x; }
 
   static Four chunk(const Tensor& q_, const Tensor& k, const Tensor& v, const OptTensor& s, const Tensor& g, OptDouble scale, const OptTensor& hk0,
@@ -404,16 +420,26 @@ void register_kernels(torch::Library& m) {
 
 TORCH_LIBRARY(gsa, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
-  m.def("chunk(Tensor q, Tensor k, Tensor v, Tensor? s, Tensor g, float? scale, Tensor? hk0, Tensor? hv0, Tensor? cu_seqlens, "
-        "bool output_final_state, int checkpoint_level) -> (Tensor o, Tensor hk, Tensor hv, Tensor boundary)", tags);
-  m.def("recurrent(Tensor q, Tensor k, Tensor v, Tensor? s, Tensor g, float? scale, Tensor? hk0, Tensor? hv0, Tensor? cu_seqlens, "
-        "bool output_final_state, bool reverse) -> (Tensor o, Tensor hk, Tensor hv)", tags);
-  m.def("chunk_backward(Tensor? d_o, Tensor? d_hk, Tensor? d_hv, Tensor q, Tensor k, Tensor v, Tensor? s, Tensor g, float? scale, Tensor? hk0, "
-        "Tensor? hv0, Tensor? cu_seqlens, Tensor? boundary, bool exact, bool reverse) "
-        "-> (Tensor dq, Tensor dk, Tensor dv, Tensor ds, Tensor dg, Tensor dhk0, Tensor dhv0)", tags);
+  m.def(
+      "chunk(Tensor q, Tensor k, Tensor v, Tensor? s, Tensor g, float? scale, Tensor? hk0, Tensor? hv0, Tensor? cu_seqlens, "
+      "bool output_final_state, int checkpoint_level) -> (Tensor o, Tensor hk, Tensor hv, Tensor boundary)",
+      tags);
+  m.def(
+      "recurrent(Tensor q, Tensor k, Tensor v, Tensor? s, Tensor g, float? scale, Tensor? hk0, Tensor? hv0, Tensor? cu_seqlens, "
+      "bool output_final_state, bool reverse) -> (Tensor o, Tensor hk, Tensor hv)",
+      tags);
+  m.def(
+      "chunk_backward(Tensor? d_o, Tensor? d_hk, Tensor? d_hv, Tensor q, Tensor k, Tensor v, Tensor? s, Tensor g, float? scale, Tensor? hk0, "
+      "Tensor? hv0, Tensor? cu_seqlens, Tensor? boundary, bool exact, bool reverse) "
+      "-> (Tensor dq, Tensor dk, Tensor dv, Tensor ds, Tensor dg, Tensor dhk0, Tensor dhv0)",
+      tags);
   m.def("abc_gates(Tensor e, Tensor? z0, Tensor? cu_seqlens, bool reverse) -> (Tensor s, Tensor g, Tensor z)", tags);
-  m.def("abc_gates_backward(Tensor ds, Tensor dg, Tensor? dz, Tensor e, Tensor s, Tensor g, Tensor? z0, Tensor? cu_seqlens, bool reverse) -> (Tensor de, Tensor dz0)", tags);
-  m.def("step(Tensor q, Tensor k, Tensor v, Tensor? s, Tensor? g, Tensor(a!) hk, Tensor(b!) hv, Tensor(c!)? z, float? scale, Tensor? state_indices) -> Tensor", tags);
+  m.def(
+      "abc_gates_backward(Tensor ds, Tensor dg, Tensor? dz, Tensor e, Tensor s, Tensor g, Tensor? z0, Tensor? cu_seqlens, bool reverse) -> (Tensor de, Tensor "
+      "dz0)",
+      tags);
+  m.def("step(Tensor q, Tensor k, Tensor v, Tensor? s, Tensor? g, Tensor(a!) hk, Tensor(b!) hv, Tensor(c!)? z, float? scale, Tensor? state_indices) -> Tensor",
+        tags);
 }
 
 TORCH_LIBRARY_IMPL(gsa, CPU, m) { register_kernels(m); }

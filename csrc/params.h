@@ -107,26 +107,28 @@ constexpr int64_t chunk_length(DType dtype, Math math, int64_t M) {
 // Sequence n with tokens [begin, end) owns boundary slots begin / C + 2 n ... : one for each chunk and one for the final state.
 // Needs no prefix sum over the sequences' lengths, so kernels find their slots without a host read.
 constexpr int64_t first_slot(int64_t begin, int64_t n, int64_t C) { return begin / C + 2 * n; }
-constexpr int64_t boundary_slots(int64_t B, int64_t T, int64_t N, bool packed, int64_t C) {
-  return packed ? T / C + 2 * N : N * (T / C + 2);
-}
+constexpr int64_t boundary_slots(int64_t, int64_t T, int64_t N, bool packed, int64_t C) { return packed ? T / C + 2 * N : N * (T / C + 2); }
 constexpr int64_t boundary_slot(bool packed, int64_t begin, int64_t T, int64_t n, int64_t C) {   // first slot of sequence n
   return packed ? first_slot(begin, n, C) : n * (T / C + 2);
 }
 
-#define GSA_BACKEND                                                \
-  int64_t forward_workspace(const Params&);                        \
-  int64_t backward_workspace(const Params&);                       \
-  void chunk_forward(const ForwardParams&);                        \
-  void chunk_backward(const BackwardParams&);                      \
-  void recurrent_forward(const ForwardParams&);                    \
-  int64_t recurrent_workspace(const Params&);                      \
-  void step(const StepParams&);                                    \
-  void abc_gates(const AbcParams&);                                \
+#define GSA_BACKEND                             \
+  int64_t forward_workspace(const Params&);     \
+  int64_t backward_workspace(const Params&);    \
+  void chunk_forward(const ForwardParams&);     \
+  void chunk_backward(const BackwardParams&);   \
+  void recurrent_forward(const ForwardParams&); \
+  int64_t recurrent_workspace(const Params&);   \
+  void step(const StepParams&);                 \
+  void abc_gates(const AbcParams&);             \
   void abc_gates_backward(const AbcParams&);
 
-namespace cpu { GSA_BACKEND }
-namespace cuda { GSA_BACKEND }
+namespace cpu {
+GSA_BACKEND
+}
+namespace cuda {
+GSA_BACKEND
+}
 #undef GSA_BACKEND
 
 }  // namespace gsa

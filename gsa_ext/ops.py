@@ -67,8 +67,7 @@ def chunk_gsa(
     if g is not None:
         o, hk, hv, _ = _ops.chunk(q, k, v, s, g, scale, hk0, hv0, cu_seqlens, output_final_state, checkpoint_level)
         return o, ((hk, hv) if output_final_state else None)
-    _require_s(s)
-    write, gate, z = _ops.abc_gates(s, z0, cu_seqlens, False)
+    write, gate, z = _ops.abc_gates(_slot_logits(s, q, k), z0, cu_seqlens, False)
     o, hk, hv, _ = _ops.chunk(q, k, v, write, gate, scale, hk0, hv0, cu_seqlens, output_final_state, checkpoint_level)
     return o, ((hk, hv, z) if output_final_state else None)
 
@@ -97,8 +96,7 @@ def fused_recurrent_gsa(
     if g is not None:
         o, hk, hv = _ops.recurrent(q, k, v, s, g, scale, hk0, hv0, cu_seqlens, output_final_state, reverse)
         return o, ((hk, hv) if output_final_state else None)
-    _require_s(s)
-    write, gate, z = _ops.abc_gates(s, z0, cu_seqlens, reverse)
+    write, gate, z = _ops.abc_gates(_slot_logits(s, q, k), z0, cu_seqlens, reverse)
     o, hk, hv = _ops.recurrent(q, k, v, write, gate, scale, hk0, hv0, cu_seqlens, output_final_state, reverse)
     return o, ((hk, hv, z) if output_final_state else None)
 
@@ -120,8 +118,8 @@ def gsa_step(
         state: ``(Hk [P, H, K, M], Hv [P, H, M, V])``, in ABC ``(Hk, Hv, z [P, H, M])``, contiguous, fp32 (bf16 allowed for 16-bit inputs: each
             step then rounds the state to 8 bits; fp64 for fp64 inputs). Written.
         scale: as in :func:`chunk_gsa`.
-        state_indices: ``[B]`` int32 or int64: the row of the pool that belongs to each row of the batch, no row twice. -1: a padding row, whose o is 0 and which changes no
-            state. None: P = B, row b.
+        state_indices: ``[B]`` int32 or int64: the row of the pool that belongs to each row of the batch, no row twice. -1: a padding row,
+            whose o is 0 and which changes no state. None: P = B, row b.
 
     Returns:
         o ``[B, HQ, V]``, dtype of q.
@@ -148,9 +146,15 @@ def _unpack(state: Any, g: Tensor | None, name: str = "initial_state") -> tuple[
     return hk, hv, (z[0] if z else None)
 
 
-def _require_s(s: Tensor | None) -> None:
+def _slot_logits(s: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
+    """What ABC (g is None) asks of s beyond what the ops check."""
     if s is None:
         raise ValueError("s and g are both None: give g (coupled write s = 1 - exp(g)), s (ABC: raw slot logits), or both")
+    if s.dim() != 4 or s.shape[:3] != k.shape[:3]:
+        raise ValueError(f"s: expected shape [B, T, H, M] = [{', '.join(map(str, k.shape[:3]))}, M], given {list(s.shape)}")
+    if s.dtype not in (q.dtype, torch.float32):
+        raise TypeError(f"s: expected q's dtype {q.dtype} or float32, given {s.dtype}")
+    return s
 
 
 def _check_host_lengths(lengths: Tensor, q: Tensor) -> None:

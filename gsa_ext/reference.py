@@ -49,7 +49,9 @@ def naive_gsa(
                          f"{len(initial_state)}; take z from the final state that was handed over")
     B, T, HQ, K = q.shape
     H, V = v.shape[2:]
-    M = (s if g is None else g).shape[-1]
+    slots = s if g is None else g
+    assert slots is not None
+    M = slots.shape[-1]
 
     if cu_seqlens is None:
         sequences = [(slice(b, b + 1), slice(0, T)) for b in range(B)]
@@ -73,7 +75,7 @@ def naive_gsa(
 
     if not sequences:
         o = q.new_zeros(B, T, HQ, V, dtype=dtype)
-        final_state = (q.new_zeros(0, H, K, M, dtype=dtype), q.new_zeros(0, H, M, V, dtype=dtype), q.new_zeros(0, H, M, dtype=dtype))
+        final_state: State = (q.new_zeros(0, H, K, M, dtype=dtype), q.new_zeros(0, H, M, V, dtype=dtype), q.new_zeros(0, H, M, dtype=dtype))
     else:
         o = torch.cat(outputs)[None] if cu_seqlens is not None else torch.stack(outputs)
         final_state = tuple(torch.stack(x) for x in zip(*finals))

@@ -39,9 +39,8 @@ template <class T> void abc_rows_backward(const AbcParams& p, int64_t n, int64_t
   const Vec<T> zero = splat(T(0)), one = splat(T(1)), none = splat(-std::numeric_limits<T>::infinity());
   with_dtype<T>(e.dtype, [&](auto* type) GSA_LAMBDA {
     using E = std::remove_pointer_t<decltype(type)>;
-    const auto read = [&](const Rows& x, int64_t t, int m) GSA_LAMBDA {
-      return x ? load_some<T>(reinterpret_cast<const T*>(x.first + t * x.step) + m, p.M - m) : splat(T(0));
-    };
+    const auto read = [&](const Rows& x, int64_t t, int m)
+                          GSA_LAMBDA { return x ? load_some<T>(reinterpret_cast<const T*>(x.first + t * x.step) + m, p.M - m) : splat(T(0)); };
     for (int m = 0; m < p.M; m += W) {
       const int left = p.M - m;
       Vec<T> c = dzT ? load_some<T>(dzT + m, left) : zero;
@@ -59,14 +58,20 @@ template <class T> void abc_rows_backward(const AbcParams& p, int64_t n, int64_t
 }
 
 template <class T> void abc_gates(const AbcParams& params) {
-  parallel(params.N * params.H, [](const void* context, Items& items) {
-    const auto& p = *static_cast<const AbcParams*>(context);
-    for (int64_t item; items.next(item);) abc_rows<T>(p, item / p.H, item % p.H);
-  }, &params);
+  parallel(
+      params.N * params.H,
+      [](const void* context, Items& items) {
+        const auto& p = *static_cast<const AbcParams*>(context);
+        for (int64_t item; items.next(item);) abc_rows<T>(p, item / p.H, item % p.H);
+      },
+      &params);
 }
 template <class T> void abc_gates_backward(const AbcParams& params) {
-  parallel(params.N * params.H, [](const void* context, Items& items) {
-    const auto& p = *static_cast<const AbcParams*>(context);
-    for (int64_t item; items.next(item);) abc_rows_backward<T>(p, item / p.H, item % p.H);
-  }, &params);
+  parallel(
+      params.N * params.H,
+      [](const void* context, Items& items) {
+        const auto& p = *static_cast<const AbcParams*>(context);
+        for (int64_t item; items.next(item);) abc_rows_backward<T>(p, item / p.H, item % p.H);
+      },
+      &params);
 }

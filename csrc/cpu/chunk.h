@@ -68,8 +68,7 @@ template <class T> void forward_sequence(const ForwardParams& p, const Shape<T>&
       decay_down(x, w.a, w.s, y, Mp);
       for (int row = 0; row < TILE; ++row) {
         T* o1 = y + row * Mp;
-        for (int m = 0; m < Mp; m += LANES<T>)
-          store<T>(o1 + m, fma_<T>(splat(x[row * TILE + row]), load<T>(w.s + row * Mp + m), load<T>(o1 + m)));
+        for (int m = 0; m < Mp; m += LANES<T>) store<T>(o1 + m, fma_<T>(splat(x[row * TILE + row]), load<T>(w.s + row * Mp + m), load<T>(o1 + m)));
         softmax(o1, d.M, Mp);
       }
       decay_dots(y, w.a, w.s, x, y, Mp);
@@ -86,16 +85,19 @@ template <class T> void forward_sequence(const ForwardParams& p, const Shape<T>&
 }
 
 template <class T> void chunk_forward(const ForwardParams& params) {
-  parallel(params.N * params.H, [](const void* context, Items& items) {
-    const auto& p = *static_cast<const ForwardParams*>(context);
-    const Shape<T> shape(p);
-    Arena measure;
-    ForwardScratch<T>(measure, shape);
-    const Scratch scratch(measure.used());
-    Arena arena(scratch.memory);
-    const ForwardScratch<T> tiles(arena, shape);
-    for (int64_t item; items.next(item);) forward_sequence(p, shape, tiles, item / p.H, item % p.H);
-  }, &params);
+  parallel(
+      params.N * params.H,
+      [](const void* context, Items& items) {
+        const auto& p = *static_cast<const ForwardParams*>(context);
+        const Shape<T> shape(p);
+        Arena measure;
+        ForwardScratch<T>(measure, shape);
+        const Scratch scratch(measure.used());
+        Arena arena(scratch.memory);
+        const ForwardScratch<T> tiles(arena, shape);
+        for (int64_t item; items.next(item);) forward_sequence(p, shape, tiles, item / p.H, item % p.H);
+      },
+      &params);
 }
 
 // ---- backward --------------------------------------------------------------------------------------------------------------------
@@ -107,7 +109,7 @@ template <class T> struct Stash {        // of one tile
   T *a, *s, *w, *total, *e;              // [16][M], [M], [16][M]
   T *X, *Y, *A, *D;                      // [r][16][16]
   T *p, *do1, *PU, *DU;                  // [r][16][M]
-  T *H;                                  // [K + V][M] after the tile
+  T* H;                                  // [K + V][M] after the tile
   Stash(Arena& m, const Shape<T>& d) {
     m.take(q, d.r * TILE * d.Kp), m.take(k, TILE * d.Kp), m.take(v, TILE * d.Vp), m.take(d_o, d.r * TILE * d.Vp);
     m.take(a, TILE * d.Mp), m.take(s, TILE * d.Mp), m.take(w, TILE * d.Mp), m.take(total, d.Mp), m.take(e, TILE * d.Mp);
@@ -310,8 +312,6 @@ template <class T> class Backward {
     product<Start::scale_columns>(Vp, Mp, dHvT, Mp, {Product<T>{x.d_o, 1, Vp, x.PU, Mp, r * TILE}}, dHvT, Mp, x.total);
   }
 
-
-
   const BackwardParams& p;
   const Shape<T> d;
   const int64_t state_size;
@@ -325,9 +325,12 @@ template <class T> class Backward {
 };
 
 template <class T> void chunk_backward(const BackwardParams& params) {
-  parallel(params.N * params.H, [](const void* context, Items& items) {
-    const auto& p = *static_cast<const BackwardParams*>(context);
-    Backward<T> backward(p);
-    for (int64_t item; items.next(item);) backward.run(item / p.H, item % p.H);
-  }, &params);
+  parallel(
+      params.N * params.H,
+      [](const void* context, Items& items) {
+        const auto& p = *static_cast<const BackwardParams*>(context);
+        Backward<T> backward(p);
+        for (int64_t item; items.next(item);) backward.run(item / p.H, item % p.H);
+      },
+      &params);
 }

@@ -33,7 +33,8 @@ GSA_INLINE void pass_columns(const StatePass<T, S>& p, int c, int width) {      
       if constexpr (UPDATE) {
         if constexpr (ROW_DECAY) state = fma_<T>(state, splat(p.decay[row]), splat(p.x[row]) * y[v]);
         else state = fma_<T>(state, decay[v], splat(p.x[row]) * y[v]);
-        if constexpr (NV == 1) store_some<T>(H, state, width); else store_as<T>(H + v * W, state);
+        if constexpr (NV == 1) store_some<T>(H, state, width);
+        else store_as<T>(H + v * W, state);
       }
       unroll<HEADS>([&](auto h) GSA_LAMBDA { sum[h][v] = fma_<T>(splat(p.in[h * p.in_ld + row]), state, sum[h][v]); });
     });
@@ -52,9 +53,13 @@ template <bool ROW_DECAY, class T, class S> void state_pass(StatePass<T, S> p, i
   for (bool update = true; heads > 0; update = false) {              // the first heads to come update the state
     const int now = heads >= 4 ? 4 : heads >= 2 ? 2 : 1;
     if (update) {
-      if (now == 4) pass_heads<ROW_DECAY, true, 4>(p); else if (now == 2) pass_heads<ROW_DECAY, true, 2>(p); else pass_heads<ROW_DECAY, true, 1>(p);
+      if (now == 4) pass_heads<ROW_DECAY, true, 4>(p);
+      else if (now == 2) pass_heads<ROW_DECAY, true, 2>(p);
+      else pass_heads<ROW_DECAY, true, 1>(p);
     } else {
-      if (now == 4) pass_heads<ROW_DECAY, false, 4>(p); else if (now == 2) pass_heads<ROW_DECAY, false, 2>(p); else pass_heads<ROW_DECAY, false, 1>(p);
+      if (now == 4) pass_heads<ROW_DECAY, false, 4>(p);
+      else if (now == 2) pass_heads<ROW_DECAY, false, 2>(p);
+      else pass_heads<ROW_DECAY, false, 1>(p);
     }
     heads -= now, p.in += now * p.in_ld, p.out += now * p.out_ld;
   }
@@ -90,50 +95,55 @@ template <class T> struct Token {
 };
 
 template <class T> void recurrent_forward(const ForwardParams& params) {
-  parallel(params.N * params.H, [](const void* context, Items& items) {
-    const auto& p = *static_cast<const ForwardParams*>(context);
-    const int H = p.H, r = p.HQ / p.H, K = p.K, V = p.V, M = p.M;
-    T *Hk, *Hv;
-    const auto plan = [&](Arena& m) GSA_LAMBDA {
-      m.take(Hk, int64_t(K) * M), m.take(Hv, int64_t(M) * V);
-      return Token<T>(m, r, K, V, M);
-    };
-    Arena measure;
-    plan(measure);
-    const Scratch scratch(measure.used());
-    Arena arena(scratch.memory);
-    Token<T> token = plan(arena);
-    const auto copy = [](void* to, int64_t to_row, const void* from, int64_t from_row, int64_t size) {
-      if (!to) return;
-      if (from) std::memcpy(static_cast<T*>(to) + to_row * size, static_cast<const T*>(from) + from_row * size, size * sizeof(T));
-      else std::memset(static_cast<T*>(to) + to_row * size, 0, size * sizeof(T));
-    };
-    for (int64_t item; items.next(item);) {
-      const int64_t n = item / H, h = item % H, row0 = p.h0_broadcast ? h : item, KM = int64_t(K) * M, MV = int64_t(M) * V;
-      const Sequence seq = sequence(p, n);
-      const Rows k = rows(p.k, seq, h, p.reverse), v = rows(p.v, seq, h, p.reverse), g = rows(p.g, seq, h, p.reverse), s = rows(p.s, seq, h, p.reverse);
-      copy(Hk, 0, p.hk0, row0, KM);
-      copy(Hv, 0, p.hv0, row0, MV);
-      for (int64_t t = 0; t < seq.length; ++t) {
-        for (int i = 0; i < r; ++i) token.read(token.q + i * token.Kp, token.Kp, rows(p.q, seq, h * r + i, p.reverse), t, K, T(p.scale));
-        token.read(token.k, token.Kp, k, t, K);
-        token.read(token.v, token.Vp, v, t, V);
-        token.read(token.a, token.Mp, g, t, M);
-        if (s) token.read(token.s, token.Mp, s, t, M);
-        token.gates(!s);
-        token.advance(Hk, Hv);
-        for (int i = 0; i < r; ++i) token.write(rows(p.o, seq, h * r + i, p.reverse), t, i);
-      }
-      copy(p.hkT, item, Hk, 0, KM);
-      copy(p.hvT, item, Hv, 0, MV);
-    }
-  }, &params);
+  parallel(
+      params.N * params.H,
+      [](const void* context, Items& items) {
+        const auto& p = *static_cast<const ForwardParams*>(context);
+        const int H = p.H, r = p.HQ / p.H, K = p.K, V = p.V, M = p.M;
+        T *Hk, *Hv;
+        const auto plan = [&](Arena& m) GSA_LAMBDA {
+          m.take(Hk, int64_t(K) * M), m.take(Hv, int64_t(M) * V);
+          return Token<T>(m, r, K, V, M);
+        };
+        Arena measure;
+        plan(measure);
+        const Scratch scratch(measure.used());
+        Arena arena(scratch.memory);
+        Token<T> token = plan(arena);
+        const auto copy = [](void* to, int64_t to_row, const void* from, int64_t from_row, int64_t size) {
+          if (!to) return;
+          if (from) std::memcpy(static_cast<T*>(to) + to_row * size, static_cast<const T*>(from) + from_row * size, size * sizeof(T));
+          else std::memset(static_cast<T*>(to) + to_row * size, 0, size * sizeof(T));
+        };
+        for (int64_t item; items.next(item);) {
+          const int64_t n = item / H, h = item % H, row0 = p.h0_broadcast ? h : item, KM = int64_t(K) * M, MV = int64_t(M) * V;
+          const Sequence seq = sequence(p, n);
+          const Rows k = rows(p.k, seq, h, p.reverse), v = rows(p.v, seq, h, p.reverse), g = rows(p.g, seq, h, p.reverse), s = rows(p.s, seq, h, p.reverse);
+          copy(Hk, 0, p.hk0, row0, KM);
+          copy(Hv, 0, p.hv0, row0, MV);
+          for (int64_t t = 0; t < seq.length; ++t) {
+            for (int i = 0; i < r; ++i) token.read(token.q + i * token.Kp, token.Kp, rows(p.q, seq, h * r + i, p.reverse), t, K, T(p.scale));
+            token.read(token.k, token.Kp, k, t, K);
+            token.read(token.v, token.Vp, v, t, V);
+            token.read(token.a, token.Mp, g, t, M);
+            if (s) token.read(token.s, token.Mp, s, t, M);
+            token.gates(!s);
+            token.advance(Hk, Hv);
+            for (int i = 0; i < r; ++i) token.write(rows(p.o, seq, h * r + i, p.reverse), t, i);
+          }
+          copy(p.hkT, item, Hk, 0, KM);
+          copy(p.hvT, item, Hv, 0, MV);
+        }
+      },
+      &params);
 }
 
 // ---- decoding --------------------------------------------------------------------------------------------------------------------
 // ABC for one slot vector: z becomes logaddexp(z, e); gives a = exp(z_old - z_new) and s = exp(e - z_new). e = -inf writes nothing.
 // `handed_over`: z = -inf came from outside, so a first write forgets what the slot held.
-template <class T> struct AbcGate { Vec<T> z, g, s, a; };
+template <class T> struct AbcGate {
+  Vec<T> z, g, s, a;
+};
 template <class T> GSA_INLINE AbcGate<T> abc_gate(Vec<T> z, Vec<T> e, bool handed_over) {
   const Vec<T> none = splat(-std::numeric_limits<T>::infinity()), zero = splat(T(0)), one = splat(T(1));
   const auto louder = e > z;
@@ -196,10 +206,12 @@ template <class T> void step(const StepParams& params) {
     const StepParams& p;
     int64_t per_item;
   } work{params, std::max<int64_t>(1, 32768 / (int64_t(params.K + params.V) * params.M))};
-  parallel((params.B * params.H + work.per_item - 1) / work.per_item, [](const void* context, Items& items) {
-    const auto& w = *static_cast<const Work*>(context);
-    if constexpr (sizeof(T) == 8) step_items<T, double>(w.p, items, w.per_item);
-    else if (w.p.state_dtype == DType::bf16) step_items<T, bf16>(w.p, items, w.per_item);
-    else step_items<T, float>(w.p, items, w.per_item);
-  }, &work);
+  parallel((params.B * params.H + work.per_item - 1) / work.per_item,
+           [](const void* context, Items& items) {
+             const auto& w = *static_cast<const Work*>(context);
+             if constexpr (sizeof(T) == 8) step_items<T, double>(w.p, items, w.per_item);
+             else if (w.p.state_dtype == DType::bf16) step_items<T, bf16>(w.p, items, w.per_item);
+             else step_items<T, float>(w.p, items, w.per_item);
+           },
+           &work);
 }

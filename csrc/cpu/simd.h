@@ -25,9 +25,11 @@ template <class T> GSA_INLINE void store(T* p, Vec<T> x) { *reinterpret_cast<typ
 
 template <class T> GSA_INLINE Vec<T> splat(T x) {
 #if GSA_AVX512
-  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_set1_ps(x); else return (Vec<T>)_mm512_set1_pd(x);
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_set1_ps(x);
+  else return (Vec<T>)_mm512_set1_pd(x);
 #elif GSA_AVX2
-  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_set1_ps(x); else return (Vec<T>)_mm256_set1_pd(x);
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_set1_ps(x);
+  else return (Vec<T>)_mm256_set1_pd(x);
 #else
   Vec<T> v;
   for (int i = 0; i < LANES<T>; ++i) v[i] = x;
@@ -53,7 +55,9 @@ template <class T> GSA_INLINE Vec<T> max_(Vec<T> a, Vec<T> b) { return a > b ? a
 // ---- exp ---------------------------------------------------------------------------------------------------------------------
 // x = n ln 2 + r with |r| <= ln 2 / 2; exp(r) - 1 by a polynomial; 2^n in two factors, so that results fade into denormals and
 // overflow into infinity as they should. About 1 ulp. NaN stays NaN, -inf gives 0.
-template <class T> struct ExpParts { Vec<T> m1, scale1, scale2; };   // exp(x) = (1 + m1) * scale1 * scale2
+template <class T> struct ExpParts {
+  Vec<T> m1, scale1, scale2;
+};   // exp(x) = (1 + m1) * scale1 * scale2
 
 template <class T> GSA_INLINE ExpParts<T> exp_parts(Vec<T> x) {
   using I = typename VecOf<T>::Int;
@@ -72,7 +76,7 @@ template <class T> GSA_INLINE ExpParts<T> exp_parts(Vec<T> x) {
     unroll<5>([&](auto i) GSA_LAMBDA { poly = fma_<T>(poly, r, splat(c[i + 1])); });
   } else {
     constexpr double c[] = {1. / 6227020800, 1. / 479001600, 1. / 39916800, 1. / 3628800, 1. / 362880, 1. / 40320,
-                            1. / 5040, 1. / 720, 1. / 120, 1. / 24, 1. / 6, 1. / 2};
+                            1. / 5040,       1. / 720,       1. / 120,      1. / 24,      1. / 6,      1. / 2};
     poly = splat(c[0]);
     unroll<11>([&](auto i) GSA_LAMBDA { poly = fma_<T>(poly, r, splat(c[i + 1])); });
   }
@@ -157,8 +161,12 @@ template <class T> GSA_INLINE T max_lanes(Vec<T> x) {
 }
 
 // ---- dtypes ---------------------------------------------------------------------------------------------------------------------
-struct bf16 { uint16_t bits; };
-struct f16 { uint16_t bits; };
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
 
 constexpr int64_t bytes_of(DType d) { return d == DType::f64 ? 8 : d == DType::f32 ? 4 : 2; }
 
@@ -194,8 +202,14 @@ GSA_INLINE void narrow(float x, f16& y) {
   std::memcpy(&u, &x, 4);
   const uint16_t sign = (u >> 16) & 0x8000;
   u &= 0x7fffffff;
-  if (u > 0x7f800000) { y.bits = sign | 0x7e00; return; }
-  if (u >= 0x477ff000) { y.bits = sign | 0x7c00; return; }                          // 65520 and more
+  if (u > 0x7f800000) {
+    y.bits = sign | 0x7e00;
+    return;
+  }
+  if (u >= 0x477ff000) {
+    y.bits = sign | 0x7c00;
+    return;
+  }                          // 65520 and more
   if (u < 0x38800000) {                                                             // below 2^-14: a multiple of 2^-24, rounded by an addition
     float f;
     std::memcpy(&f, &u, 4);

@@ -256,7 +256,8 @@ template <class T> void load_state(T* dst, int rows, int cols, const void* src, 
   if (!src) return;
   const T* from = static_cast<const T*>(src) + offset;
   for (int i = 0; i < rows; ++i)
-    if (transposed) for (int j = 0; j < cols; ++j) dst[i * int64_t(ld) + j] = from[j * int64_t(rows) + i];
+    if (transposed)
+      for (int j = 0; j < cols; ++j) dst[i * int64_t(ld) + j] = from[j * int64_t(rows) + i];
     else std::memcpy(dst + i * int64_t(ld), from + i * int64_t(cols), sizeof(T) * cols);
 }
 template <class T> void store_state(void* dst, int64_t offset, const T* src, int rows, int cols, bool transposed) {
@@ -264,7 +265,8 @@ template <class T> void store_state(void* dst, int64_t offset, const T* src, int
   const int ld = padded(cols);
   T* to = static_cast<T*>(dst) + offset;
   for (int i = 0; i < rows; ++i)
-    if (transposed) for (int j = 0; j < cols; ++j) to[j * int64_t(rows) + i] = src[i * int64_t(ld) + j];
+    if (transposed)
+      for (int j = 0; j < cols; ++j) to[j * int64_t(rows) + i] = src[i * int64_t(ld) + j];
     else std::memcpy(to + i * int64_t(cols), src + i * int64_t(ld), sizeof(T) * cols);
 }
 

@@ -19,18 +19,18 @@
 #include "core/scan.cuh"
 #include "core/select.cuh"
 #include "core/tile_io.cuh"
+#include "states.h"
 
 namespace gsa::cuda {
-
-void forward_states(const Params& p, void* boundary, void* hkT, void* hvT);
 
 namespace {
 
 // What sweep 1 leaves behind, per slot and query head.
 struct Saved {
-  void* states;              // [slots, H, K + V, M]       E   before each chunk
+  const void* states;        // [slots, H, K + V, M]       E   before each chunk (forward_states)
   float* gradients;          // [slots, H, K + V, M]           cotangents after each chunk
   float *p, *do1, *e;        // [slots, HQ, C, MP]
+  void *p_decayed, *do1_decayed;   // [slots, HQ, C, MP]   E   p exp(G), scale do1 exp(G)
   float *after, *inter;      // [slots, H, C, MP]              the part of dg from after the chunk; of ds, decayed to the chunk's end
   float *A1, *B;             // [slots, HQ, C, C]              strictly lower
   float *A2, *dA1;           // [slots, HQ, C, C]              lower; dA1 times scale
@@ -42,14 +42,20 @@ template <class Cfg>
 Saved plan(const Params& p, char* base) {
   const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, Cfg::C);
   Saved s{};
-  auto take = [&](int64_t n) { char* r = base + s.bytes; s.bytes += (n + 255) / 256 * 256; return r; };
+  s.bytes = (forward_workspace(p) + 255) / 256 * 256;      // which comes first
+  auto take = [&](int64_t n) {
+    char* r = base + s.bytes;
+    s.bytes += (n + 255) / 256 * 256;
+    return r;
+  };
   auto floats = [&](int64_t n) { return reinterpret_cast<float*>(take(n * 4)); };
   const int64_t states = slots * p.H * (p.K + p.V) * p.M, rows = slots * p.HQ * Cfg::C;
-  s.states = p.boundary ? p.boundary : take(states * int64_t(sizeof(typename Cfg::E)));
   s.gradients = floats(states);
   s.p = floats(rows * Cfg::MP);
   s.do1 = floats(rows * Cfg::MP);
   s.e = floats(rows * Cfg::MP);
+  s.p_decayed = take(rows * Cfg::MP * int64_t(sizeof(typename Cfg::E)));
+  s.do1_decayed = take(rows * Cfg::MP * int64_t(sizeof(typename Cfg::E)));
   s.after = floats(slots * p.H * Cfg::C * Cfg::MP);
   s.inter = floats(slots * p.H * Cfg::C * Cfg::MP);
   s.A1 = floats(rows * Cfg::C);
@@ -61,8 +67,9 @@ Saved plan(const Params& p, char* base) {
 }
 
 template <class Cfg>
-constexpr DType tile_dtype() { return Cfg::fp32 ? DType::f32 : std::is_same_v<typename Cfg::E, bf16> ? DType::bf16 : DType::f16; }
-
+constexpr DType tile_dtype() {
+  return Cfg::fp32 ? DType::f32 : std::is_same_v<typename Cfg::E, bf16> ? DType::bf16 : DType::f16;
+}
 
 // ------------------------------------------------------------------------------------------------------------ 1. queries
 
@@ -78,7 +85,8 @@ struct QueriesShared {
 };
 
 template <class Cfg>
-__global__ __launch_bounds__(Cfg::threads, Cfg::MP == 64 && !Cfg::fp32 ? 3 : 1) void backward_queries(const __grid_constant__ BackwardParams p, const __grid_constant__ Saved saved) {
+__global__ __launch_bounds__(Cfg::threads, Cfg::MP == 64 && !Cfg::fp32 ? 3 : 1) void backward_queries(const __grid_constant__ BackwardParams p,
+                                                                                                      const __grid_constant__ Saved saved) {
   using E = typename Cfg::E;
   using A = Arith<E>;
   constexpr int C = Cfg::C, MP = Cfg::MP, MT = Cfg::MT, CT = Cfg::CT, DS = Cfg::DS, DT = Cfg::DT, NB = Cfg::NB, ldm = Cfg::ldm, ldd = Cfg::ldd;
@@ -104,7 +112,7 @@ __global__ __launch_bounds__(Cfg::threads, Cfg::MP == 64 && !Cfg::fp32 ? 3 : 1) 
 
   gates.fill(S, Cfg::lds);
 
-  auto keep = [&](float* out, const float(&x)[CT][4], float factor) {
+  auto keep = [&](float* out, const float (&x)[CT][4], float factor) {
     float y[CT][4];
 #pragma unroll
     for (int t = 0; t < CT; ++t)
@@ -214,7 +222,14 @@ __global__ __launch_bounds__(Cfg::threads, Cfg::MP == 64 && !Cfg::fp32 ? 3 : 1) 
     diagonal_of<Cfg>(gates, S, y, warp, d);
     triangle.contract(x, y);
     triangle.add_diagonal(x, d);
-    keep(pass ? saved.dA1 : saved.A2, x, pass ? static_cast<float>(p.scale) : 1.f);
+    const float scale = pass ? static_cast<float>(p.scale) : 1.f;
+    keep(pass ? saved.dA1 : saved.A2, x, scale);
+    E* decayed = static_cast<E*>(pass ? saved.do1_decayed : saved.p_decayed) + (item * C + warp * 16 + frag_row()) * MP + frag_col();
+#pragma unroll
+    for (int t = 0; t < MT; ++t) {
+      store2<E>(decayed + t * 8, y[t][0] * scale, y[t][1] * scale);
+      store2<E>(decayed + 8 * MP + t * 8, y[t][2] * scale, y[t][3] * scale);
+    }
     if (pass == 0) {
 #pragma unroll
       for (int t = 0; t < MT; ++t)
@@ -256,6 +271,28 @@ __device__ inline float2 load2(const E* p) {
   }
 }
 
+// Four neighbouring elements, those below n.
+__device__ inline void store4(const View& to, int64_t at, const float (&x)[4], int n) {
+  if (to.dtype == DType::f32) {
+    float* p = static_cast<float*>(to.ptr) + at;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (i < n) p[i] = x[i];
+  } else {
+    uint16_t* p = static_cast<uint16_t*>(to.ptr) + at;
+    const bool wide = to.dtype == DType::bf16;
+    const uint2 v = wide ? make_uint2(pack<bf16>(x[0], x[1]), pack<bf16>(x[2], x[3])) : make_uint2(pack<half>(x[0], x[1]), pack<half>(x[2], x[3]));
+    if (n >= 4 && (at & 3) == 0) {
+      *reinterpret_cast<uint2*>(p) = v;
+    } else {
+      if (n > 0) p[0] = static_cast<uint16_t>(v.x);
+      if (n > 1) p[1] = static_cast<uint16_t>(v.x >> 16);
+      if (n > 2) p[2] = static_cast<uint16_t>(v.y);
+      if (n > 3) p[3] = static_cast<uint16_t>(v.y >> 16);
+    }
+  }
+}
+
 template <class Cfg>
 struct KeysShared {
   using E = typename Cfg::E;
@@ -263,10 +300,12 @@ struct KeysShared {
   static constexpr int ldr = Cfg::C + 8;                              // rows of A1, B
   static constexpr int ldz = Cfg::MP + 4;                             // of the scratch of a slow block
   static constexpr int edge = Cfg::MP > 2 * Cfg::threads ? Cfg::MP : 2 * Cfg::threads;
-  static constexpr int64_t slices = 2 * arena(Cfg::C * ldd, sizeof(E)) + arena(DS * Cfg::lds, 4) + arena(DS * Cfg::ldm, sizeof(E)) + arena(Cfg::C * Cfg::ldx, 4);
+  static constexpr int64_t slices =
+      2 * arena(Cfg::C * ldd, sizeof(E)) + arena(DS * Cfg::lds, 4) + arena(DS * Cfg::ldm, sizeof(E)) + arena(Cfg::C * Cfg::ldx, 4);
   static constexpr bool needs_products = !(Cfg::fp32 && Cfg::NB == 1);   // else every product is one of the exact in-block ones
   static constexpr int64_t rows = 2 * arena(16 * ldr, 4) + arena(16 * ldz, 4) + (needs_products ? 2 * arena(16 * Cfg::lds, 4) : 0);
-  static constexpr int64_t region = slices > rows ? slices : rows;
+  static constexpr int64_t tile = arena(Cfg::C * Cfg::ldu, 4);          // ds, at last
+  static constexpr int64_t region = slices > rows ? (slices > tile ? slices : tile) : (rows > tile ? rows : tile);
   static constexpr int64_t bytes = Gates<Cfg>::bytes + arena(edge, 4) + region;
   static_assert(bytes <= 101376, "99 KB is what every GPU from sm_80 on has");
 };
@@ -284,7 +323,8 @@ __device__ __noinline__ void decays_to_end(const Gates<Cfg>& gates, float* w_out
 // z[j][m] (+)= sum_{i > j} exp(G_i - G_j) (B_ij p_i + A1_ij do1_i) inside the block, exactly: z <- (z + ..._i) a_i from the last row down to j + 1.
 // a, b: the block's columns of A1 and B; prob, grad: its rows of p and do1.
 template <class Cfg>
-__device__ __noinline__ void keys_block(const Gates<Cfg>& gates, float* z_out, const float* a, const float* b, int ld, const float* prob, const float* grad, int block, bool add) {
+__device__ __noinline__ void keys_block(const Gates<Cfg>& gates, float* z_out, const float* a, const float* b, int ld, const float* prob, const float* grad,
+                                        int block, bool add) {
   constexpr int ldz = KeysShared<Cfg>::ldz;
   __syncwarp();
   for (int m = lane_id(); m < Cfg::MP; m += 32) {
@@ -304,12 +344,14 @@ __device__ __noinline__ void keys_block(const Gates<Cfg>& gates, float* z_out, c
 }
 
 template <class Cfg>
-__global__ __launch_bounds__(Cfg::threads, Cfg::MP == 64 && !Cfg::fp32 ? 3 : 1) void backward_keys(const __grid_constant__ BackwardParams p, const __grid_constant__ Saved saved) {
+__global__ __launch_bounds__(Cfg::threads, Cfg::MP == 64 && !Cfg::fp32 ? 3 : 1) void backward_keys(const __grid_constant__ BackwardParams p,
+                                                                                                   const __grid_constant__ Saved saved) {
   using E = typename Cfg::E;
   using A = Arith<E>;
   using X = typename Cfg::X;
   using Shared = KeysShared<Cfg>;
-  constexpr int C = Cfg::C, MP = Cfg::MP, MT = Cfg::MT, DS = Shared::DS, DT = DS / 8, NB = Cfg::NB, ldd = Shared::ldd, lds = Cfg::lds, ldx = Cfg::ldx, ldr = Shared::ldr, ldu = Cfg::ldu;
+  constexpr int C = Cfg::C, MP = Cfg::MP, MT = Cfg::MT, DS = Shared::DS, DT = DS / 8, NB = Cfg::NB, ldd = Shared::ldd, lds = Cfg::lds, ldx = Cfg::ldx,
+                ldr = Shared::ldr, ldu = Cfg::ldu;
   constexpr int threads = Cfg::threads;
   const int64_t head = blockIdx.x % p.H;
   const int r = p.HQ / p.H;
@@ -502,50 +544,50 @@ __global__ __launch_bounds__(Cfg::threads, Cfg::MP == 64 && !Cfg::fp32 ? 3 : 1) 
       for (int e = 0; e < 4; ++e) ds[t][e] = __fdividef(ds[t][e], gates.R[(warp * 16 + frag_row() + 8 * (e >> 1)) * ldu + t * 8 + frag_col() + (e & 1)]);
   }
 
-  // dg: e - s ds into shared memory (in R's place), summed from the last row back; then ds gets its other parts: from after the chunk, the diagonal.
+  // From here on element by element, four slots to a thread, tiles in shared memory: the rest of ds (from after the chunk, decayed to its row; the
+  // diagonal), and e - s ds, in R's place, for dg.
   __syncthreads();
-  float* sum_s = gates.R;
+  float *ds_s = reinterpret_cast<float*>(mem.p), *sum_s = gates.R;
+#pragma unroll
+  for (int t = 0; t < MT; ++t)
+#pragma unroll
+    for (int e = 0; e < 4; e += 2)
+      *reinterpret_cast<float2*>(ds_s + (warp * 16 + frag_row() + 4 * e) * ldu + t * 8 + frag_col()) = make_float2(ds[t][e], ds[t][e + 1]);
+  __syncthreads();
+  const GateReader& reader = gates.reader;
   const float* diagonals = saved.diagonals + first_item * 2 * C;
+#pragma unroll 2
+  for (int x = threadIdx.x * 4; x < C * MP; x += threads * 4) {
+    const int j = x / MP, m = x % MP;
+    float s[4], rest[4], row[4] = {};
+    const bool coupled = !reader.s.ptr;
+    gather(s, coupled ? reader.g.ptr : reader.s.ptr, coupled ? reader.g.dtype : reader.s.dtype, (coupled ? reader.g.at(j) : reader.s.at(j)) + m, 1,
+           j < c.length ? p.M - m : 0);
+    *reinterpret_cast<float4*>(rest) = *reinterpret_cast<const float4*>(inter + x);
+    for (int b = NB - 1; b > j / 16; --b)
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int j = warp * 16 + frag_row() + 8 * h;
-    float s[MT][2], row[MT][2] = {}, rest[MT][2];
-    row_writes<MT>(gates.reader, j, s);
+      for (int i = 0; i < 4; ++i) rest[i] *= gates.lambda[b * MP + m + i];
+    if (!gates.slow[j / 16])
 #pragma unroll
-    for (int t = 0; t < MT; ++t) {
-      const float2 x = *reinterpret_cast<const float2*>(inter + j * MP + t * 8 + frag_col());
-      rest[t][0] = x.x, rest[t][1] = x.y;
-    }
-    for (int b = NB - 1; b > warp; --b)
-#pragma unroll
-      for (int t = 0; t < MT; ++t) rest[t][0] *= gates.lambda[b * MP + t * 8 + frag_col()], rest[t][1] *= gates.lambda[b * MP + t * 8 + frag_col() + 1];
-    if (!slow)
-#pragma unroll
-      for (int t = 0; t < MT; ++t)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) rest[t][e] = __fdividef(rest[t][e], sum_s[j * ldu + t * 8 + frag_col() + e]);
+      for (int i = 0; i < 4; ++i) rest[i] = __fdividef(rest[i], sum_s[j * ldu + m + i]);
 #pragma unroll 1
     for (int hq = 0; hq < r; ++hq) {
-      const int64_t at = ((first_item + hq) * C + j) * MP + frag_col();
+      const int64_t at = (first_item + hq) * C * MP + x;
+      const float4 e = *reinterpret_cast<const float4*>(saved.e + at), u = *reinterpret_cast<const float4*>(saved.p + at),
+                   w = *reinterpret_cast<const float4*>(saved.do1 + at);
       const float a1 = diagonals[hq * 2 * C + j], b1 = diagonals[(hq * 2 + 1) * C + j];
-#pragma unroll
-      for (int t = 0; t < MT; ++t) {
-        const float2 x = load2(saved.e + at + t * 8), y = load2(saved.p + at + t * 8), z = load2(saved.do1 + at + t * 8);
-        row[t][0] += x.x, row[t][1] += x.y;
-        rest[t][0] += b1 * y.x + a1 * z.x, rest[t][1] += b1 * y.y + a1 * z.y;
-      }
+      row[0] += e.x, row[1] += e.y, row[2] += e.z, row[3] += e.w;
+      rest[0] += b1 * u.x + a1 * w.x, rest[1] += b1 * u.y + a1 * w.y, rest[2] += b1 * u.z + a1 * w.z, rest[3] += b1 * u.w + a1 * w.w;
     }
 #pragma unroll
-    for (int t = 0; t < MT; ++t)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float& grad = ds[t][2 * h + e];
-        sum_s[j * ldu + t * 8 + frag_col() + e] = row[t][e] - s[t][e] * grad;
-        grad += rest[t][e];
-      }
+    for (int i = 0; i < 4; ++i) {
+      float& grad = ds_s[j * ldu + m + i];
+      sum_s[j * ldu + m + i] = row[i] - (coupled ? coupled_write(s[i]) : s[i]) * grad;
+      grad += rest[i];
+    }
   }
   __syncthreads();
-  for (int m = threadIdx.x; m < MP; m += threads) {
+  for (int m = threadIdx.x; m < MP; m += threads) {         // summed from the last row back
     const float* after = saved.after + (c.slot * p.H + head) * C * MP + m;
     float sum = 0.f;
 #pragma unroll 16
@@ -553,52 +595,20 @@ __global__ __launch_bounds__(Cfg::threads, Cfg::MP == 64 && !Cfg::fp32 ? 3 : 1) 
   }
   __syncthreads();
   const Rows ds_rows = rows_of(p.ds, c, head), dg_rows = rows_of(p.dg, c, head);
+#pragma unroll 2
+  for (int x = threadIdx.x * 4; x < C * MP; x += threads * 4) {
+    const int j = x / MP, m = x % MP, n = j < c.length ? p.M - m : 0;
+    float a[4], grad[4], sum[4];
+    gather(a, reader.g.ptr, reader.g.dtype, reader.g.at(j) + m, 1, n);
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int j = warp * 16 + frag_row() + 8 * h;
-    float a[MT][2];
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      float x[MT];
-      gather(x, p.g.ptr, p.g.dtype, gates.reader.g.at(j) + frag_col() + e, 8, j < c.length ? (p.M - frag_col() - e + 7) / 8 : 0);
-#pragma unroll
-      for (int t = 0; t < MT; ++t) a[t][e] = GateReader<Cfg::fp32>::decay(x[t]);
+    for (int i = 0; i < 4; ++i) {
+      a[i] = GateReader::decay(a[i]);
+      grad[i] = ds_s[j * ldu + m + i];
+      sum[i] = a[i] == 0.f ? 0.f : sum_s[j * ldu + m + i];  // a reset forgets whatever the gate would have changed
+      if (!p.ds.ptr) sum[i] -= a[i] * grad[i];              // coupled: s = 1 - exp(g)
     }
-#pragma unroll
-    for (int t = 0; t < MT; ++t)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int m = t * 8 + frag_col() + e;
-        const float grad = ds[t][2 * h + e];
-        float& sum = sum_s[j * ldu + m];
-        if (a[t][e] == 0.f) sum = 0.f;                      // a reset forgets whatever the gate would have changed
-        if (!p.ds.ptr) sum -= a[t][e] * grad;               // coupled: s = 1 - exp(g)
-      }
-    // Stored as pairs where they are aligned; ds and dg are contiguous and of one shape.
-    auto store = [&](const View& x, const Rows& rows, auto value) {
-      char* out = static_cast<char*>(x.ptr) + (rows.at(j) + frag_col()) * element_size(x.dtype);
-#pragma unroll
-      for (int t = 0; t < MT; ++t) {
-        const int n = j < c.length ? p.M - t * 8 - frag_col() : 0;
-        const float u = value(t, 0), w = value(t, 1);
-        if (x.dtype == DType::f32) {
-          float* q = reinterpret_cast<float*>(out) + t * 8;
-          if (n > 0) q[0] = u;
-          if (n > 1) q[1] = w;
-        } else {
-          const uint32_t both = x.dtype == DType::bf16 ? pack<bf16>(u, w) : pack<half>(u, w);
-          uint16_t* q = reinterpret_cast<uint16_t*>(out) + t * 8;
-          if (even_slots) {
-            if (n > 0) *reinterpret_cast<uint32_t*>(q) = both;
-          } else {
-            if (n > 0) q[0] = static_cast<uint16_t>(both);
-            if (n > 1) q[1] = static_cast<uint16_t>(both >> 16);
-          }
-        }
-      }
-    };
-    if (p.ds.ptr) store(p.ds, ds_rows, [&](int t, int e) { return ds[t][2 * h + e]; });
-    store(p.dg, dg_rows, [&](int t, int e) { return sum_s[j * ldu + t * 8 + frag_col() + e]; });
+    if (p.ds.ptr) store4(p.ds, ds_rows.at(j) + m, grad, n);
+    store4(p.dg, dg_rows.at(j) + m, sum, n);
   }
 }
 
@@ -613,9 +623,10 @@ int64_t backward_workspace(const Params& p) {
 void chunk_backward(const BackwardParams& p) {
   require_device();
   select_config(p, [&]<class Cfg>() {
-    const Saved saved = plan<Cfg>(p, static_cast<char*>(p.workspace));
+    Saved saved = plan<Cfg>(p, static_cast<char*>(p.workspace));
     const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, Cfg::C);
-    if (!p.boundary) forward_states(p, saved.states, nullptr, nullptr);
+    const States states = forward_states(p, nullptr, nullptr, !p.boundary);
+    saved.states = states.boundary;
     launch("backward_queries", backward_queries<Cfg>, slots * p.HQ, Cfg::threads, QueriesShared<Cfg>::bytes, p.stream, p, saved);
 
     ScanParams a{};
@@ -624,9 +635,10 @@ void chunk_backward(const BackwardParams& p) {
     a.hk_in = p.dhkT, a.hv_in = p.dhvT;
     a.hk_out = p.dhk0, a.hv_out = p.dhv0;
     a.x_k = p.q, a.x_v = p.d_o;
-    a.p = saved.p, a.do1 = saved.do1;
+    a.y_k = saved.do1_decayed, a.y_v = saved.p_decayed;
+    a.decay = states.decay;
     const int64_t slices = ceil_div(p.K, kStateRows) + ceil_div(p.V, kStateRows);
-    launch("state_scan (backward)", state_scan<Cfg, true>, p.N * p.H * slices, 256, ScanShared<Cfg, true>::bytes, p.stream, a);
+    launch("state_scan (backward)", state_scan<Cfg, true>, p.N * p.H * slices, 128, ScanShared<Cfg>::bytes, p.stream, a);
     launch("backward_keys", backward_keys<Cfg>, slots * p.H, Cfg::threads, KeysShared<Cfg>::bytes, p.stream, p, saved);
   });
 }

@@ -11,6 +11,7 @@
 #include "core/scan.cuh"
 #include "core/select.cuh"
 #include "core/tile_io.cuh"
+#include "states.h"
 
 namespace gsa::cuda {
 namespace {
@@ -60,7 +61,8 @@ __global__ __launch_bounds__(Cfg::threads) void chunk_output(const __grid_consta
     __syncthreads();
     load_tile<Cfg::threads, E, C, DS>(x_s, ldd, rows_of(p.q, c, q_head), c.length, d, p.K);
     load_tile<Cfg::threads, E, C, DS>(y_s, ldd, rows_of(p.k, c, head), c.length, d, p.K);
-    load_tile<Cfg::threads, E, DS, MP>(h_s, ldm, rows_of(states + int64_t(d) * p.M, p.M, DType(p.math == Math::exact ? DType::f32 : p.q.dtype)), p.K - d, 0, p.M);
+    load_tile<Cfg::threads, E, DS, MP>(h_s, ldm, rows_of(states + int64_t(d) * p.M, p.M, DType(p.math == Math::exact ? DType::f32 : p.q.dtype)), p.K - d, 0,
+                                       p.M);
     cp_async_wait();
     __syncthreads();
     typename A::template Op<DS> q;
@@ -97,7 +99,8 @@ __global__ __launch_bounds__(Cfg::threads) void chunk_output(const __grid_consta
   for (int v = 0; v < p.V; v += DS) {
     __syncthreads();
     load_tile<Cfg::threads, E, C, DS>(y_s, ldd, rows_of(p.v, c, head), c.length, v, p.V);
-    load_tile<Cfg::threads, E, DS, MP>(h_s, ldm, rows_of(states + int64_t(p.K + v) * p.M, p.M, DType(p.math == Math::exact ? DType::f32 : p.q.dtype)), p.V - v, 0, p.M);
+    load_tile<Cfg::threads, E, DS, MP>(h_s, ldm, rows_of(states + int64_t(p.K + v) * p.M, p.M, DType(p.math == Math::exact ? DType::f32 : p.q.dtype)), p.V - v,
+                                       0, p.M);
     cp_async_wait();
     __syncthreads();
     float o[DT][4];
@@ -110,38 +113,54 @@ __global__ __launch_bounds__(Cfg::threads) void chunk_output(const __grid_consta
   }
 }
 
-int64_t boundary_bytes(const Params& p) {
-  const int64_t C = chunk_length(p.q.dtype, p.math, p.M);
-  const bool fp32 = p.q.dtype == DType::f32 || p.math == Math::exact;
-  return boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, C) * p.H * (p.K + p.V) * p.M * (fp32 ? 4 : 2);
+// Workspace of the boundary states: the right factors of the sweep, then (where they are not kept) the states themselves.
+struct StatePlan {
+  int64_t decay, states, bytes;     // offsets; the factors are at 0
+};
+StatePlan state_plan(const Params& p) {
+  StatePlan s{};
+  select_config(p, [&]<class Cfg>() {
+    const int64_t tiles = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, Cfg::C) * p.H;
+    s.decay = arena(tiles * Cfg::C * Cfg::MP, sizeof(typename Cfg::E));
+    s.states = s.decay + arena(tiles * Cfg::MP, 4);
+    s.bytes = s.states + (p.boundary ? 0 : arena(tiles * (p.K + p.V) * p.M, sizeof(typename Cfg::E)));
+  });
+  return s;
 }
 
 }  // namespace
 
-int64_t forward_workspace(const Params& p) { return p.boundary ? 0 : boundary_bytes(p); }
+int64_t forward_workspace(const Params& p) { return state_plan(p).bytes; }
 
-// Boundary states and final states, also for the backward that did not keep them.
-void forward_states(const Params& p, void* boundary, void* hkT, void* hvT) {
+States forward_states(const Params& p, void* hkT, void* hvT, bool recompute) {
+  char* base = static_cast<char*>(p.workspace);
+  const StatePlan at = state_plan(p);
+  States s{p.boundary ? p.boundary : base + at.states, reinterpret_cast<const float*>(base + at.decay)};
   select_config(p, [&]<class Cfg>() {
-    const int64_t slices = ceil_div(p.K, kStateRows) + ceil_div(p.V, kStateRows);
+    const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, Cfg::C);
+    WritesParams w{p, base, reinterpret_cast<float*>(base + at.decay)};
+    launch("chunk_writes", chunk_writes<Cfg>, slots * p.H, 128, 0, p.stream, w);
+    if (!recompute) return;
     ScanParams a{};
     a.base = p;
-    a.out = boundary;
+    a.out = s.boundary;
     a.hk_in = p.hk0, a.hv_in = p.hv0, a.in_broadcast = p.h0_broadcast;
     a.hk_out = hkT, a.hv_out = hvT;
     a.x_k = p.k, a.x_v = p.v;
-    launch("state_scan", state_scan<Cfg, false>, p.N * p.H * slices, 256, ScanShared<Cfg, false>::bytes, p.stream, a);
+    a.y_k = a.y_v = base;
+    a.decay = s.decay;
+    const int64_t slices = ceil_div(p.K, kStateRows) + ceil_div(p.V, kStateRows);
+    launch("state_scan", state_scan<Cfg, false>, p.N * p.H * slices, 128, ScanShared<Cfg>::bytes, p.stream, a);
   });
+  return s;
 }
 
 void chunk_forward(const ForwardParams& p) {
   require_device();
-  void* boundary = p.boundary ? p.boundary : p.workspace;
-  forward_states(p, boundary, p.hkT, p.hvT);
+  const States s = forward_states(p, p.hkT, p.hvT, true);
   select_config(p, [&]<class Cfg>() {
-    static_assert(true);
     const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, Cfg::C);
-    launch("chunk_output", chunk_output<Cfg>, slots * p.HQ, Cfg::threads, OutputShared<Cfg>::bytes, p.stream, p, static_cast<const void*>(boundary));
+    launch("chunk_output", chunk_output<Cfg>, slots * p.HQ, Cfg::threads, OutputShared<Cfg>::bytes, p.stream, p, static_cast<const void*>(s.boundary));
   });
 }
 

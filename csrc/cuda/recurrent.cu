@@ -39,7 +39,7 @@ __global__ __launch_bounds__(kThreads) void recurrent_keys(const __grid_constant
   const int64_t n = blockIdx.x / tiles / p.H, head = blockIdx.x / tiles % p.H;
   const int m = blockIdx.x % tiles * kColumns + threadIdx.x / kLanes, lane = threadIdx.x % kLanes, r = p.HQ / p.H;
   const Chunk c = whole_sequence(p, n);
-  const GateReader<true> gates(p, c, head);
+  const GateReader gates(p, c, head);
   const Rows k_rows = rows_of(p.k, c, head);
   const int64_t state = (n * p.H + head) * p.K;
   float h[R];
@@ -83,7 +83,7 @@ __global__ __launch_bounds__(kThreads) void recurrent_values(const __grid_consta
   const int64_t n = blockIdx.x / tiles / p.H, head = blockIdx.x / tiles % p.H;
   const int v = blockIdx.x % tiles * kColumns + threadIdx.x / kLanes, lane = threadIdx.x % kLanes, r = p.HQ / p.H;
   const Chunk c = whole_sequence(p, n);
-  const GateReader<true> gates(p, c, head);
+  const GateReader gates(p, c, head);
   const Rows v_rows = rows_of(p.v, c, head);
   const int64_t state = (n * p.H + head) * p.M;
   float h[R];
@@ -139,7 +139,9 @@ void recurrent_forward(const ForwardParams& p) {
   require_device();
   float* o1 = static_cast<float*>(p.workspace);
   auto keys = [&](auto kernel) { launch("recurrent_keys", kernel, p.N * p.H * ceil_div(p.M, kColumns), kThreads, 0, p.stream, p, o1); };
-  auto values = [&](auto kernel) { launch("recurrent_values", kernel, p.N * p.H * ceil_div(p.V, kColumns), kThreads, 0, p.stream, p, static_cast<const float*>(o1)); };
+  auto values = [&](auto kernel) {
+    launch("recurrent_values", kernel, p.N * p.H * ceil_div(p.V, kColumns), kThreads, 0, p.stream, p, static_cast<const float*>(o1));
+  };
   if (p.K <= 64) keys(recurrent_keys<8>);
   else if (p.K <= 128) keys(recurrent_keys<16>);
   else if (p.K <= 256) keys(recurrent_keys<32>);

@@ -21,7 +21,8 @@ struct alignas(sizeof(T) * W) Pack {
 // H [rows][cols] <- H gate + outer product; out[h][col] = sum_row weight[h][row] H[row][col] for `heads` heads (<= kHeads).
 // update = false: a later group of heads, the state is read only. by_row: gate and write belong to the rows (Hv), else to the columns (Hk).
 template <class T, int W, bool by_row>
-__device__ void sweep(T* H, int rows, int cols, const float* gate, const float* write, const float* x, const float* weight, int heads, bool update, float* out, float* partial) {
+__device__ void sweep(T* H, int rows, int cols, const float* gate, const float* write, const float* x, const float* weight, int heads, bool update, float* out,
+                      float* partial) {
   const int groups = (cols + W - 1) / W, TX = groups < kThreads ? groups : kThreads, TY = kThreads / TX;
   const int tx = threadIdx.x % TX, ty = threadIdx.x / TX;
   for (int g0 = 0; g0 < groups; g0 += TX) {
@@ -136,8 +137,7 @@ __global__ __launch_bounds__(kThreads) void step_kernel(const __grid_constant__ 
     __syncthreads();
     if (V % 4 == 0) sweep<T, 4, true>(Hv, M, V, gate, write, v, prob, heads, h0 == 0, out, partial);
     else sweep<T, 1, true>(Hv, M, V, gate, write, v, prob, heads, h0 == 0, out, partial);
-    for (int i = threadIdx.x; i < heads * V; i += kThreads)
-      store_as(p.o.ptr, b * p.o.batch + (head * r + h0 + i / V) * p.o.head + i % V, p.o.dtype, out[i]);
+    for (int i = threadIdx.x; i < heads * V; i += kThreads) store_as(p.o.ptr, b * p.o.batch + (head * r + h0 + i / V) * p.o.head + i % V, p.o.dtype, out[i]);
     __syncthreads();
   }
 }
@@ -146,7 +146,8 @@ __global__ __launch_bounds__(kThreads) void step_kernel(const __grid_constant__ 
 
 void step(const StepParams& p) {
   require_device();
-  const int64_t shared = 2 * arena(p.M, 4) + arena(p.K, 4) + arena(p.V, 4) + arena(kHeads * p.K, 4) + arena(kHeads * p.M, 4) + arena(kHeads * p.V, 4) + arena(kHeads * kThreads * 4, 4);
+  const int64_t shared = 2 * arena(p.M, 4) + arena(p.K, 4) + arena(p.V, 4) + arena(kHeads * p.K, 4) + arena(kHeads * p.M, 4) + arena(kHeads * p.V, 4) +
+                         arena(kHeads * kThreads * 4, 4);
   if (p.state_dtype == DType::bf16) launch("step", step_kernel<bf16>, p.B * p.H, kThreads, shared, p.stream, p);
   else launch("step", step_kernel<float>, p.B * p.H, kThreads, shared, p.stream, p);
 }

@@ -85,7 +85,8 @@ __device__ inline bool find_chunk(const Params& p, int64_t slot, int C, Chunk& c
     int64_t lo = 0, hi = p.N;                             // the last n whose first slot is <= slot
     while (hi - lo > 1) {
       const int64_t mid = (lo + hi) / 2;
-      if (first_slot(bound(p, mid), mid, C) <= slot) lo = mid; else hi = mid;
+      if (first_slot(bound(p, mid), mid, C) <= slot) lo = mid;
+      else hi = mid;
     }
     n = lo;
   } else {
@@ -100,7 +101,9 @@ __device__ inline bool find_chunk(const Params& p, int64_t slot, int C, Chunk& c
 
 __device__ inline int element_size(DType t) { return t == DType::f32 ? 4 : 2; }
 __device__ inline float load_as_float(const void* p, int64_t i, DType t) {
-  return t == DType::f32 ? static_cast<const float*>(p)[i] : t == DType::bf16 ? to_float(static_cast<const bf16*>(p)[i]) : to_float(static_cast<const half*>(p)[i]);
+  return t == DType::f32    ? static_cast<const float*>(p)[i]
+         : t == DType::bf16 ? to_float(static_cast<const bf16*>(p)[i])
+                            : to_float(static_cast<const half*>(p)[i]);
 }
 __device__ inline void store_as(void* p, int64_t i, DType t, float x) {
   if (t == DType::f32) static_cast<float*>(p)[i] = x;
@@ -119,7 +122,9 @@ __device__ inline Rows rows_of(const View& x, const Chunk& c, int64_t head) {
   return {x.ptr, c.batch * x.batch + c.first * x.token + head * x.head, c.step * x.token, x.dtype};
 }
 template <class T>
-__device__ inline Rows rows_of(const T* p, int64_t step, DType dtype) { return {p, 0, step, dtype}; }
+__device__ inline Rows rows_of(const T* p, int64_t step, DType dtype) {
+  return {p, 0, step, dtype};
+}
 
 __device__ inline void cp_async16(void* dst, const void* src, bool valid) {
   const uint32_t d = static_cast<uint32_t>(__cvta_generic_to_shared(dst));
@@ -128,7 +133,9 @@ __device__ inline void cp_async16(void* dst, const void* src, bool valid) {
 }
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int pending>
-__device__ inline void cp_async_wait_for() { asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory"); }   // all but the last `pending` groups
+__device__ inline void cp_async_wait_for() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}   // all but the last `pending` groups
 __device__ inline void cp_async_wait() { asm volatile("cp.async.commit_group;\ncp.async.wait_group 0;" ::: "memory"); }
 
 // The general case of load_tile: any alignment, any type into fp32. Rare, so not inlined.
@@ -137,10 +144,8 @@ __device__ __noinline__ void load_tile_slowly(E* tile, int ld, Rows src, int ROW
   for (int e = tid; e < ROWS * COLS; e += threads) {
     const int i = e / COLS, j = e % COLS;
     const bool valid = i < rows && col + j < cols;
-    if constexpr (sizeof(E) == 2)
-      tile[i * ld + j] = valid ? static_cast<const E*>(src.ptr)[src.at(i) + col + j] : from_float<E>(0.f);
-    else
-      tile[i * ld + j] = valid ? load_as_float(src.ptr, src.at(i) + col + j, src.dtype) : 0.f;
+    if constexpr (sizeof(E) == 2) tile[i * ld + j] = valid ? static_cast<const E*>(src.ptr)[src.at(i) + col + j] : from_float<E>(0.f);
+    else tile[i * ld + j] = valid ? load_as_float(src.ptr, src.at(i) + col + j, src.dtype) : 0.f;
   }
 }
 
@@ -199,7 +204,9 @@ struct Gather {
   __device__ void get(DType t, float (&x)[N]) const {
 #pragma unroll
     for (int i = 0; i < N; ++i)
-      x[i] = __uint_as_float(t == DType::f32 ? raw[i] : t == DType::bf16 ? raw[i] << 16 : __float_as_uint(__half2float(__ushort_as_half(static_cast<unsigned short>(raw[i])))));
+      x[i] = __uint_as_float(t == DType::f32    ? raw[i]
+                             : t == DType::bf16 ? raw[i] << 16
+                                                : __float_as_uint(__half2float(__ushort_as_half(static_cast<unsigned short>(raw[i])))));
   }
 };
 template <int N>
@@ -215,12 +222,11 @@ __device__ inline float fast_exp2(float x) {
 }
 
 // Gates and write strengths of a chunk in global memory. Outside the chunk and the slots a = 1 and s = 0, which changes nothing.
-template <bool fp32>
 struct GateReader {
   Rows s, g;
   int length, M;
   __device__ GateReader(const Params& p, const Chunk& c, int64_t head) : s(rows_of(p.s, c, head)), g(rows_of(p.g, c, head)), length(c.length), M(p.M) {}
-  __device__ static float decay(float g) { return fp32 ? expf(g) : fast_exp2(g * 1.4426950408889634f); }
+  __device__ static float decay(float g) { return expf(g); }   // to the last digits: a state is the product of thousands of these
 
   __device__ float gate(int i, int m) const { return i < length && m < M ? decay(load_as_float(g.ptr, g.at(i) + m, g.dtype)) : 1.f; }
   __device__ float write(int i, int m) const {
@@ -259,8 +265,8 @@ struct Arena {
 constexpr int64_t arena(int64_t n, int64_t size) { return (n * size + 15) / 16 * 16; }
 
 // s_i of row i in the columns of this thread's accumulators: w[t][e] belongs to slot 8 t + 2 (lane % 4) + e.
-template <int MT, bool fp32>
-__device__ inline void row_writes(const GateReader<fp32>& reader, int i, float (&w)[MT][2]) {
+template <int MT>
+__device__ inline void row_writes(const GateReader& reader, int i, float (&w)[MT][2]) {
   const bool coupled = !reader.s.ptr;
   const int64_t first = coupled ? reader.g.at(i) : reader.s.at(i);
 #pragma unroll
@@ -282,7 +288,7 @@ struct Gates {
   float* lambda;
   int* slow;
   float *a, *s;                                           // [C][MP], fp32 only
-  GateReader<Cfg::fp32> reader;
+  GateReader reader;
 
   static constexpr int64_t bytes = arena(C * ldu, 4) + arena(NB * MP, 4) + arena(NB, 4) + (Cfg::fp32 ? 2 * arena(C * MP, 4) : 0);
 
@@ -293,13 +299,25 @@ struct Gates {
     a = Cfg::fp32 ? arena.take<float>(C * MP) : nullptr;
     s = Cfg::fp32 ? arena.take<float>(C * MP) : nullptr;
   }
-  __device__ float gate(int i, int m) const { if constexpr (Cfg::fp32) return a[i * MP + m]; else return reader.gate(i, m); }
-  __device__ float write(int i, int m) const { if constexpr (Cfg::fp32) return s[i * MP + m]; else return reader.write(i, m); }
+  __device__ float gate(int i, int m) const {
+    if constexpr (Cfg::fp32) return a[i * MP + m];
+    else return reader.gate(i, m);
+  }
+  __device__ float write(int i, int m) const {
+    if constexpr (Cfg::fp32) return s[i * MP + m];
+    else return reader.write(i, m);
+  }
   __device__ static float operand(float x) { return Cfg::fp32 ? x : round_tf32(x); }
 
-  // Fills everything, and S[j][m] = s_j W_j (nullptr: not needed) or, to_end, s_j exp(G_end - G_j): what token j leaves in the state. All threads of
-  // the block; ends with a barrier.
-  __device__ void fill(float* S, int lds, bool to_end = false) {
+  // All threads of the block; ends with a barrier. Not inlined: a kernel that needs it twice has it once.
+  __device__ void fill(float* S, int lds, bool to_end = false) const { fill_(*this, S, lds, to_end); }
+
+ private:
+  // Fills everything, and S[j][m] = s_j W_j (nullptr: not needed) or, to_end, s_j exp(G_end - G_j): what token j leaves in the state.
+  static __device__ __noinline__ void fill_(Gates G, float* S, int lds, bool to_end) {
+    float *R = G.R, *lambda = G.lambda, *a = G.a, *s = G.s;
+    int* slow = G.slow;
+    const auto& reader = G.reader;
     if (threadIdx.x < NB) slow[threadIdx.x] = 0;
     __syncthreads();
 #pragma unroll 1
@@ -344,6 +362,7 @@ struct Gates {
     __syncthreads();
   }
 
+ public:
   // s_i of row i as above, without going to memory where S [C][lds] (s_j W_j) is at hand.
   __device__ void row_writes(int i, const float* S, float (&w)[Cfg::MT][2]) const {
     if constexpr (Cfg::fp32) {
@@ -365,7 +384,7 @@ struct Gates {
   }
 
  private:
-  static __device__ __noinline__ void exact_row_writes(GateReader<Cfg::fp32> reader, int i, float (&w)[Cfg::MT][2]) {
+  static __device__ __noinline__ void exact_row_writes(GateReader reader, int i, float (&w)[Cfg::MT][2]) {
     gsa::cuda::row_writes<Cfg::MT>(reader, i, w);
   }
 };
@@ -412,7 +431,7 @@ struct Triangle {
 #pragma unroll
       for (int t = 0; t < Cfg::SC / 8; ++t) {
         const float* z = y_scratch + frag_row() * ldy + t * 8 + frag_col();
-        float(&a)[4] = acc[m0 / 8 + t];
+        float (&a)[4] = acc[m0 / 8 + t];
         a[0] += z[0], a[1] += z[1], a[2] += z[8 * ldy], a[3] += z[8 * ldy + 1];
       }
       __syncwarp();
@@ -497,7 +516,7 @@ struct Triangle {
 #pragma unroll
       for (int t = 0; t < Cfg::SC / 8; ++t) {
         float* p = y_scratch + frag_row() * ldy + t * 8 + frag_col();
-        const float(&v)[4] = y[m0 / 8 + t];
+        const float (&v)[4] = y[m0 / 8 + t];
         p[0] = v[0], p[1] = v[1], p[8 * ldy] = v[2], p[8 * ldy + 1] = v[3];
       }
       __syncwarp();

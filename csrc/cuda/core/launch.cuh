@@ -32,7 +32,9 @@ void launch(const char* name, Kernel kernel, int64_t blocks, int threads, int64_
   kernel<<<static_cast<unsigned>(blocks), threads, shared, static_cast<cudaStream_t>(stream)>>>(args...);
   const cudaError_t e = cudaGetLastError();
   if (e == cudaErrorNoKernelImageForDevice)
-    throw std::runtime_error(std::string("gsa_ext: ") + name + ": this build has no kernels for this GPU (built for " GSA_BUILT_ARCHS "); reinstall with TORCH_CUDA_ARCH_LIST set to its compute capability");
+    throw std::runtime_error(std::string("gsa_ext: ") + name +
+                             ": this build has no kernels for this GPU (built for " GSA_BUILT_ARCHS
+                             "); reinstall with TORCH_CUDA_ARCH_LIST set to its compute capability");
   check(e, name);
 }
 

@@ -44,8 +44,7 @@ __device__ inline void ldmatrix4(uint32_t (&r)[4], const void* p) {
   const uint32_t a = static_cast<uint32_t>(__cvta_generic_to_shared(p));
   if constexpr (transpose)
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(a) : "memory");
-  else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(a) : "memory");
+  else asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(a) : "memory");
 }
 
 template <class T>
@@ -53,12 +52,14 @@ __device__ inline void mma16816(float (&c)[4], const uint32_t (&a)[4], uint32_t 
 template <>
 __device__ inline void mma16816<bf16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 template <>
 __device__ inline void mma16816<half>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 template <class E>
@@ -179,9 +180,13 @@ struct Arith<float> {
   static constexpr int pad = 4;
 
   template <int KD>
-  __device__ static void from_tile(Op<KD>& a, const float* tile, int ld) { a = {tile, ld, 1}; }
+  __device__ static void from_tile(Op<KD>& a, const float* tile, int ld) {
+    a = {tile, ld, 1};
+  }
   template <int KD>
-  __device__ static void from_tile_t(Op<KD>& a, const float* tile, int ld) { a = {tile, 1, ld}; }
+  __device__ static void from_tile_t(Op<KD>& a, const float* tile, int ld) {
+    a = {tile, 1, ld};
+  }
   // scratch: the warp's own [16][ld] floats, alive as long as the operand.
   template <int KD>
   __device__ static void from_acc(Op<KD>& a, const float (&acc)[KD / 8][4], float* scratch, int ld) {
@@ -197,9 +202,13 @@ struct Arith<float> {
   template <int KD>
   using Split = Op<KD>;                                // nothing to split
   template <int KD>
-  __device__ static void from_acc_split(Op<KD>& a, const float (&acc)[KD / 8][4], float* scratch, int ld) { from_acc<KD>(a, acc, scratch, ld); }
+  __device__ static void from_acc_split(Op<KD>& a, const float (&acc)[KD / 8][4], float* scratch, int ld) {
+    from_acc<KD>(a, acc, scratch, ld);
+  }
   template <int KD>
-  __device__ static void from_tile_t_split(Op<KD>& a, const float* tile, int ld) { from_tile_t<KD>(a, tile, ld); }
+  __device__ static void from_tile_t_split(Op<KD>& a, const float* tile, int ld) {
+    from_tile_t<KD>(a, tile, ld);
+  }
   template <int NT, int KD>
   __device__ static void mma_nn(float (*acc)[4], const Op<KD>& a, const float* b, int ld) {
     fma_loop<NT, KD>(acc, a, b + frag_col(), ld, 1);
@@ -248,7 +257,8 @@ __device__ inline float round_tf32(float x) {
 __device__ inline void mma1688(float (&c)[4], const float (&a)[4], float b0, float b1) {
   asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+               : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b0)),
+                 "r"(__float_as_uint(b1)));
 }
 
 // fp32 tiles on the tensor cores. The k index inside a group of 8 is permuted (position t holds k = 2 t, position t + 4 holds 2 t + 1), the same in A and
@@ -269,7 +279,8 @@ struct Tf32 {
   template <int KD>
   __device__ static void from_acc(Op<KD>& a, const float (&acc)[KD / 8][4], float*, int) {
 #pragma unroll
-    for (int k = 0; k < KD / 8; ++k) a.r[k][0] = round_tf32(acc[k][0]), a.r[k][1] = round_tf32(acc[k][2]), a.r[k][2] = round_tf32(acc[k][1]), a.r[k][3] = round_tf32(acc[k][3]);
+    for (int k = 0; k < KD / 8; ++k)
+      a.r[k][0] = round_tf32(acc[k][0]), a.r[k][1] = round_tf32(acc[k][2]), a.r[k][2] = round_tf32(acc[k][1]), a.r[k][3] = round_tf32(acc[k][3]);
   }
   template <int KD>
   __device__ static void from_tile(Op<KD>& a, const float* tile, int ld) {

@@ -1,12 +1,12 @@
-// States at the chunk boundaries, in one sweep over the sequence. Forward (gradient = false), over k and v; backward, over q and d_o:
+// States at the chunk boundaries, in one sweep over the sequence. Forward (gradient = false), over k and v; backward, over q and d_o, last chunk first:
 //
-//     Hk <- lambda Hk + sum_j k_j (x) s_j W_j              dHk <- lambda dHk + scale sum_i q_i  (x) do1_i U_i      per block of 16 rows,
-//     Hv <- lambda Hv + sum_j v_j (x) s_j W_j              dHv <- lambda dHv +       sum_i do_i (x) p_i  U_i       last block first in backward
+//     Hk <- exp(G_end) Hk + sum_j k_j (x) s_j exp(G_end - G_j)          dHk <- exp(G_end) dHk + scale sum_i q_i  (x) do1_i exp(G_i)
+//     Hv <- exp(G_end) Hv + sum_j v_j (x) s_j exp(G_end - G_j)          dHv <- exp(G_end) dHv +       sum_i do_i (x) p_i   exp(G_i)
 //
-// A block owns 64 rows of [Hk; Hv^T] (of K or of V) times all slots, in fp32 registers; before each chunk it leaves a copy in memory:
+// The right factors come ready-made as tiles Y [C][MP] (chunk_writes below; backward_queries), so that the sweep does nothing but load and multiply:
+// tiles arrive by asynchronous copies `stages` - 1 steps ahead, one barrier per step. A step is a chunk, in backward a chunk of one query head.
+// A block of 4 warps owns 64 rows of [Hk; Hv^T] (of K or of V) times all slots, in fp32 registers; before each chunk it leaves a copy in memory:
 // boundary[slot], in E, is the state before the chunk, gradient[slot], in fp32 (TF32), the cotangent of the state after it.
-// Warps 0-3 hold the state, 16 rows each; warps 4-7 run one step ahead and make the next x [C][64], Y [C][MP] and decays, double-buffered, so that
-// no load is waited for. One barrier per step. A step is a chunk, in backward a chunk of one query head.
 #pragma once
 #include "chunk.cuh"
 
@@ -14,7 +14,57 @@ namespace gsa::cuda {
 
 constexpr int kStateRows = 64;
 
-__device__ inline void producers_sync() { asm volatile("bar.sync 1, 128;" ::: "memory"); }
+// ------------------------------------------------------------------------------------------------------------ right factors of the forward sweep
+
+struct WritesParams {
+  Params base;
+  void* y;                          // [slots, H, C, MP]  E   s_j exp(G_end - G_j)
+  float* decay;                     // [slots, H, MP]         exp(G_end)
+};
+
+template <class Cfg>
+__global__ __launch_bounds__(128) void chunk_writes(const __grid_constant__ WritesParams a) {
+  using E = typename Cfg::E;
+  constexpr int C = Cfg::C, MP = Cfg::MP, NB = Cfg::NB, items = NB * MP / 128;
+  static_assert(NB * MP % 128 == 0);
+  const Params& p = a.base;
+  const int64_t head = blockIdx.x % p.H;
+  Chunk c;
+  if (!find_chunk(p, blockIdx.x / p.H, C, c)) return;
+  __shared__ float lambda[NB * MP];
+  const GateReader gates(p, c, head);
+  Gather<16> raw_g[items], raw_s[items];
+#pragma unroll
+  for (int k = 0; k < items; ++k) {
+    const int b = (threadIdx.x + k * 128) / MP, m = (threadIdx.x + k * 128) % MP;
+    gates.load_gates16(b * 16, m, raw_g[k]);
+    gates.load_writes16(b * 16, m, raw_s[k]);
+  }
+  float y[items][16];
+#pragma unroll
+  for (int k = 0; k < items; ++k) {
+    float g[16], w = 1.f;
+    gates.gates16(raw_g[k], g);
+    gates.writes16(raw_s[k], y[k]);
+#pragma unroll
+    for (int j = 15; j >= 0; --j) y[k][j] *= w, w *= g[j];
+    lambda[threadIdx.x + k * 128] = w;
+  }
+  __syncthreads();
+  const int64_t tile = c.slot * p.H + head;
+#pragma unroll
+  for (int k = 0; k < items; ++k) {
+    const int b = (threadIdx.x + k * 128) / MP, m = (threadIdx.x + k * 128) % MP;
+    float after = 1.f;
+    for (int i = NB - 1; i > b; --i) after *= lambda[i * MP + m];
+    E* out = static_cast<E*>(a.y) + (tile * C + b * 16) * MP + m;
+#pragma unroll
+    for (int j = 0; j < 16; ++j) out[j * MP] = from_float<E>(y[k][j] * after);
+    if (b == 0) a.decay[tile * MP + m] = after * lambda[m];
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------ the sweep
 
 struct ScanParams {
   Params base;
@@ -24,23 +74,25 @@ struct ScanParams {
   bool in_broadcast;
   void *hk_out, *hv_out;
   View x_k, x_v;                    // k, v or q, d_o
-  const float *p, *do1;             // backward: [slots, HQ, C, MP]
+  const void *y_k, *y_v;            // [slots, H or HQ, C, MP] E
+  const float* decay;               // [slots, H, MP]
 };
 
-template <class Cfg, bool gradient>
+template <class Cfg>
 struct ScanShared {
+  static constexpr int stages = Cfg::MP == 64 ? 3 : 2, blocks_per_sm = Cfg::MP == 64 ? 4 : Cfg::MP == 128 ? 3 : 2;
   static constexpr int ldx = kStateRows + Cfg::pad;
-  static constexpr int64_t stage = arena(Cfg::C * ldx, sizeof(typename Cfg::E)) + arena(Cfg::C * Cfg::ldm, sizeof(typename Cfg::E)) + arena((Cfg::NB + 1) * Cfg::MP, 4);
-  static constexpr int64_t bytes = 2 * stage + (gradient ? arena(Cfg::C * Cfg::ldu, 4) : 0);
+  static constexpr int64_t stage = arena(Cfg::C * ldx, sizeof(typename Cfg::E)) + arena(Cfg::C * Cfg::ldm, sizeof(typename Cfg::E)) + arena(Cfg::MP, 4);
+  static constexpr int64_t bytes = stages * stage;
   static_assert(bytes <= 101376, "99 KB is what every GPU from sm_80 on has");
 };
 
 template <class Cfg, bool gradient>
-__global__ __launch_bounds__(256, Cfg::MP <= 128 ? 2 : 1) void state_scan(const __grid_constant__ ScanParams a) {
+__global__ __launch_bounds__(128, ScanShared<Cfg>::blocks_per_sm) void state_scan(const __grid_constant__ ScanParams a) {
   using E = typename Cfg::E;
   using A = Arith<E>;
-  using Shared = ScanShared<Cfg, gradient>;
-  constexpr int C = Cfg::C, MP = Cfg::MP, MT = Cfg::MT, NB = Cfg::NB, ldx = Shared::ldx, ldm = Cfg::ldm;
+  using Shared = ScanShared<Cfg>;
+  constexpr int C = Cfg::C, MP = Cfg::MP, MT = Cfg::MT, ldx = Shared::ldx, ldm = Cfg::ldm, stages = Shared::stages;
   const Params& p = a.base;
   const int k_slices = (p.K + kStateRows - 1) / kStateRows, slices = k_slices + (p.V + kStateRows - 1) / kStateRows;
   const int slice = blockIdx.x % slices;
@@ -53,20 +105,18 @@ __global__ __launch_bounds__(256, Cfg::MP <= 128 ? 2 : 1) void state_scan(const 
   extern __shared__ __align__(16) char shared[];
   struct Stage {
     E *x, *y;
-    float* decay;                                                   // [NB + 1][MP], see produce
+    float* decay;
   };
   auto stage = [&](int64_t step) {
-    Arena mem{shared + (step & 1) * Shared::stage};
+    Arena mem{shared + step % stages * Shared::stage};
     Stage s;
-    s.x = mem.take<E>(C * ldx), s.y = mem.take<E>(C * ldm), s.decay = mem.take<float>((NB + 1) * MP);
+    s.x = mem.take<E>(C * ldx), s.y = mem.take<E>(C * ldm), s.decay = mem.take<float>(MP);
     return s;
   };
-  float* u_s = reinterpret_cast<float*>(shared + 2 * Shared::stage);   // U of the chunk, backward only
 
   Chunk c;
   c.seq = sequence(p, n, C);
   const int64_t steps = c.seq.chunks * heads;
-
   const int warp = threadIdx.x / 32;
   const int row = d0 + warp * 16 + frag_row();                     // and row + 8
   float acc[MT][4];
@@ -82,8 +132,9 @@ __global__ __launch_bounds__(256, Cfg::MP <= 128 ? 2 : 1) void state_scan(const 
   // One element of a state tensor: Hk [K][M] or Hv [M][V] of this sequence and head.
   const int64_t state = (n * p.H + head) * int64_t(D) * p.M;
   auto at = [&](int d, int m) { return values ? int64_t(m) * D + d : int64_t(d) * p.M + m; };
-  if (const float* in = static_cast<const float*>(values ? a.hv_in : a.hk_in); in && warp < 4) {
-    if (a.in_broadcast) in += head * int64_t(D) * p.M; else in += state;
+  if (const float* in = static_cast<const float*>(values ? a.hv_in : a.hk_in)) {
+    if (a.in_broadcast) in += head * int64_t(D) * p.M;
+    else in += state;
 #pragma unroll
     for (int t = 0; t < MT; ++t)
 #pragma unroll
@@ -115,109 +166,37 @@ __global__ __launch_bounds__(256, Cfg::MP <= 128 ? 2 : 1) void state_scan(const 
     }
   };
 
-  // Forward: decay[b] is block b's own, Y = s W, and the blocks follow each other (Horner). Backward: the heads of a group share the decays, so they are
-  // folded into Y: decay[b] = lambda_0 ... lambda_{b-1}, Y = y U decay, and the whole chunk decays by decay[NB].
-  auto produce = [&](int64_t step) {
-    const int tid = threadIdx.x - 128;
-    const Stage s = stage(step);
-    const int64_t chunk = step / heads;
-    const int hq = static_cast<int>(step % heads);
-    c.select(p, gradient ? c.seq.chunks - 1 - chunk : chunk, C);
-    load_tile<128, E, C, kStateRows>(s.x, ldx, rows_of(xv, c, gradient ? head * r + hq : head), c.length, d0, D, tid);
-    const GateReader<Cfg::fp32> gates(p, c, head);
-    // Everything that this step reads is sent off before the first of it is used.
-    constexpr int batch = NB * MP / 128 < 2 ? 1 : 2;                // (block, slot) items of a thread at a time
-    constexpr int loads = C * MP / 4 / 128, ahead = loads < 8 ? loads : 8;
-    const float* y = (values ? a.p : a.do1) + (c.slot * p.HQ + head * r + hq) * C * MP;
-    float4 v[gradient ? ahead : 1];
-    if constexpr (gradient)
-#pragma unroll
-      for (int i = 0; i < ahead; ++i) v[i] = *reinterpret_cast<const float4*>(y + (i * 128 + tid) * 4);
-    if (!gradient || hq == 0) {
-#pragma unroll 1
-      for (int e0 = tid; e0 < NB * MP; e0 += batch * 128) {
-        Gather<16> raw_g[batch], raw_s[gradient ? 1 : batch];
-#pragma unroll
-        for (int i = 0; i < batch; ++i) {
-          const int b = (e0 + i * 128) / MP, m = (e0 + i * 128) % MP;
-          gates.load_gates16(b * 16, m, raw_g[i]);
-          if constexpr (!gradient) gates.load_writes16(b * 16, m, raw_s[i]);
-        }
-#pragma unroll
-        for (int i = 0; i < batch; ++i) {
-          const int b = (e0 + i * 128) / MP, m = (e0 + i * 128) % MP;
-          float g[16], w = 1.f;
-          gates.gates16(raw_g[i], g);
-          if constexpr (gradient) {
-#pragma unroll
-            for (int j = 0; j < 16; ++j) w *= g[j], u_s[(b * 16 + j) * Cfg::ldu + m] = w;
-            s.decay[(b + 1) * MP + m] = w;
-          } else {
-            float x[16];
-            gates.writes16(raw_s[i], x);
-#pragma unroll
-            for (int j = 15; j >= 0; --j) s.y[(b * 16 + j) * ldm + m] = from_float<E>(x[j] * w), w *= g[j];
-            s.decay[b * MP + m] = w;
-          }
-        }
-      }
+  auto issue = [&](int64_t step) {
+    if (step < steps) {
+      const Stage s = stage(step);
+      const int64_t chunk = step / heads, hq = step % heads;
+      c.select(p, gradient ? c.seq.chunks - 1 - chunk : chunk, C);
+      load_tile<128, E, C, kStateRows>(s.x, ldx, rows_of(xv, c, gradient ? head * r + hq : head), c.length, d0, D);
+      const int64_t tile = gradient ? c.slot * p.HQ + head * r + hq : c.slot * p.H + head;
+      load_tile<128, E, C, MP>(s.y, ldm, rows_of(static_cast<const E*>(values ? a.y_v : a.y_k) + tile * C * MP, MP, Cfg::fp32 ? DType::f32 : p.q.dtype), C, 0,
+                               MP);
+      if (threadIdx.x < MP / 4) cp_async16(s.decay + threadIdx.x * 4, a.decay + (c.slot * p.H + head) * MP + threadIdx.x * 4, true);
     }
-    if constexpr (gradient) {
-      const float scale = values ? 1.f : static_cast<float>(p.scale);
-      if (hq == 0) {
-        producers_sync();
-        for (int m = tid; m < MP; m += 128) {
-          float w = s.decay[m] = 1.f;
-          for (int b = 1; b <= NB; ++b) w = s.decay[b * MP + m] *= w;
-        }
-      } else {
-        const float* before = stage(step - 1).decay;
-        for (int m = tid; m < (NB + 1) * MP; m += 128) s.decay[m] = before[m];
-      }
-      producers_sync();
-#pragma unroll 1
-      for (int s0 = 0; s0 < loads; s0 += ahead) {
-#pragma unroll
-        for (int i = 0; i < ahead; ++i) {
-          const int e = ((s0 + i) * 128 + tid) * 4, j = e / MP, m = e % MP;
-          const float4 u = *reinterpret_cast<const float4*>(u_s + j * Cfg::ldu + m), l = *reinterpret_cast<const float4*>(s.decay + j / 16 * MP + m);
-          store2<E>(s.y + j * ldm + m, v[i].x * scale * u.x * l.x, v[i].y * scale * u.y * l.y);
-          store2<E>(s.y + j * ldm + m + 2, v[i].z * scale * u.z * l.z, v[i].w * scale * u.w * l.w);
-        }
-        if (s0 + ahead < loads)
-#pragma unroll
-          for (int i = 0; i < ahead; ++i) v[i] = *reinterpret_cast<const float4*>(y + ((s0 + ahead + i) * 128 + tid) * 4);
-      }
-    }
-    cp_async_wait();
-  };
-  auto consume = [&](int64_t step) {
-    const Stage s = stage(step);
-    const int64_t chunk = step / heads;
-    const bool first = step % heads == 0;
-    if (first) keep(c.seq.slot + (gradient ? c.seq.chunks - 1 - chunk : chunk));
-    typename A::template Op<C> op;
-    A::template from_tile_t<C>(op, s.x + warp * 16, ldx);
-    if constexpr (gradient) {
-      if (first) decay(acc, s.decay + NB * MP);
-      A::template mma_nn<MT, C>(acc, op, s.y, ldm);
-    } else {
-#pragma unroll
-      for (int b = 0; b < NB; ++b) {
-        decay(acc, s.decay + b * MP);
-        A::template mma_nn<MT, 16>(acc, op.block(b), s.y + b * 16 * ldm, ldm);
-      }
-    }
+    cp_async_commit();
   };
 
-  if (warp >= 4 && steps > 0) produce(0);
-  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < stages - 1; ++i) issue(i);
+#pragma unroll 1
   for (int64_t step = 0; step < steps; ++step) {
-    if (warp < 4) consume(step);
-    else if (step + 1 < steps) produce(step + 1);
+    cp_async_wait_for<stages - 2>();
     __syncthreads();
+    issue(step + stages - 1);
+    const Stage s = stage(step);
+    if (step % heads == 0) {
+      const int64_t chunk = step / heads;
+      keep(c.seq.slot + (gradient ? c.seq.chunks - 1 - chunk : chunk));
+      decay(acc, s.decay);
+    }
+    typename A::template Op<C> op;
+    A::template from_tile_t<C>(op, s.x + warp * 16, ldx);
+    A::template mma_nn<MT, C>(acc, op, s.y, ldm);
   }
-  if (warp >= 4) return;
   if (float* out = static_cast<float*>(values ? a.hv_out : a.hk_out)) {
     out += state;
 #pragma unroll

@@ -41,7 +41,9 @@ __device__ inline void store_dense(float* dst, int64_t ld, const float (*acc)[4]
 }
 
 template <bool exact>
-__device__ inline float exp_of(float x) { return exact ? expf(x) : fast_exp2(x * 1.4426950408889634f); }
+__device__ inline float exp_of(float x) {
+  return exact ? expf(x) : fast_exp2(x * 1.4426950408889634f);
+}
 
 // Softmax over the slots of each row; columns >= M get probability 0. Returns nothing but p, in place.
 template <class Cfg>
