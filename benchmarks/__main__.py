@@ -56,6 +56,7 @@ def main() -> int:
     parser.add_argument("--dtypes", nargs="+", default=None, help="default: bfloat16 on CUDA, float32 and bfloat16 on the CPU")
     parser.add_argument("--quick", action="store_true", help="the first shapes only")
     parser.add_argument("--no-peers", action="store_true", help="ours and the floor only")
+    parser.add_argument("--peer-errors", action="store_true", help=f"also the errors of {PEER} against fp64 (may set off its autotuning: minutes)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="where the JSON and the plot go")
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -72,7 +73,7 @@ def main() -> int:
     rows = []
     for dtype in dtypes:
         for numbers in shapes:
-            rows += sequence(Shape(*numbers, dtype), device, not args.no_peers)
+            rows += sequence(Shape(*numbers, dtype), device, not args.no_peers, args.peer_errors)
     if cuda and not args.shapes:
         for numbers in STEPS[:2] if args.quick else STEPS:
             rows += [step(Shape(*numbers, "bfloat16"), device)]
@@ -132,9 +133,10 @@ def contestants(shape: Shape, device: torch.device, sets: int, peers: bool) -> t
     if not peers:
         return found, notes
     if device.type == "cuda":
+        for x in inputs:
+            x["s"] = -torch.expm1(x["g"].float()).to(x["g"])
+        found.append(Contestant("ours, s given", lambda q, k, v, s, g: chunk_gsa(q, k, v, s, g)[0], leaves("qkvsg")))   # as the peer needs it
         if fla() is not None:
-            for x in inputs:
-                x["s"] = -torch.expm1(x["g"].float()).to(x["g"])
             # it wants k, v, s and g repeated to the query heads; that is done beforehand and not timed
             found.append(Contestant("fla", lambda q, k, v, s, g: fla().chunk_gsa(q, k, v, s, g, scale=shape.D**-0.5)[0], leaves("qkvsg", wide=True)))
         else:
@@ -206,7 +208,7 @@ def copier(device: torch.device) -> tuple[Callable[[int], Any], int]:
     return lambda turn: b.copy_(a), 2 * size
 
 
-def sequence(shape: Shape, device: torch.device, peers: bool) -> list[dict[str, Any]]:
+def sequence(shape: Shape, device: torch.device, peers: bool, peer_errors: bool) -> list[dict[str, Any]]:
     """Forward, and forward with backward, of one shape."""
     cuda = device.type == "cuda"
     B, T, HQ, H, D, M, dtype = shape
@@ -215,7 +217,8 @@ def sequence(shape: Shape, device: torch.device, peers: bool) -> list[dict[str, 
     floor_bytes = {"forward": 2 * q + kv + g, "forward+backward": (2 * q + kv + g) + (3 * q + 2 * kv + 2 * g)}
     sets = min(8, max(2, math.ceil(256e6 / (q + kv + g)))) if cuda else 2
     entries, notes = contestants(shape, device, sets, peers)
-    errors, correct = accuracy(shape, device, [c.name for c in entries])
+    print(f"{shape} ...", end="\r", flush=True)
+    errors, correct = accuracy(shape, device, [c.name for c in entries] if peer_errors else [])
     copy, copied = copier(device)
     rows = []
     for what in ("forward", "forward+backward"):
