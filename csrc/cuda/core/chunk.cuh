@@ -384,9 +384,7 @@ struct Gates {
   }
 
  private:
-  static __device__ __noinline__ void exact_row_writes(GateReader reader, int i, float (&w)[Cfg::MT][2]) {
-    gsa::cuda::row_writes<Cfg::MT>(reader, i, w);
-  }
+  static __device__ __noinline__ void exact_row_writes(GateReader reader, int i, float (&w)[Cfg::MT][2]) { gsa::cuda::row_writes<Cfg::MT>(reader, i, w); }
 };
 
 // The lower triangle of a chunk, rows of block I = this warp's, in Horner form. X [16 x C] strictly lower, y [16 x MP].
