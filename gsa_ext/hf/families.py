@@ -209,9 +209,10 @@ def gsa_classes(model_type: str) -> tuple[type, type, type]:
 def _record_outputs(model: Any) -> None:
     """``output_hidden_states`` is looked up by class. transformers notes a class when it constructs a model of it, which conversion does not do."""
     try:
-        from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY as registry
+        from transformers.utils import output_capturing
     except ImportError:
         return
+    registry: Any = output_capturing._CAN_RECORD_REGISTRY
     registry[str(type(model)) if type(registry) is dict else model] = model._can_record_outputs     # the key is the model itself in newer versions
 
 
