@@ -217,7 +217,7 @@ def sequence(shape: Shape, device: torch.device, peers: bool, peer_errors: bool)
     floor_bytes = {"forward": 2 * q + kv + g, "forward+backward": (2 * q + kv + g) + (3 * q + 2 * kv + 2 * g)}
     sets = min(8, max(2, math.ceil(256e6 / (q + kv + g)))) if cuda else 2
     entries, notes = contestants(shape, device, sets, peers)
-    print(f"{shape} ...", end="\r", flush=True)
+    print(f"{shape} ...", file=sys.stderr, flush=True)
     errors, correct = accuracy(shape, device, [c.name for c in entries] if peer_errors else [])
     copy, copied = copier(device)
     rows = []
