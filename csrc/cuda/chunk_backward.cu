@@ -74,17 +74,6 @@ constexpr DType tile_dtype() {
 // ------------------------------------------------------------------------------------------------------------ 1. queries
 
 template <class Cfg>
-struct QueriesShared {
-  using E = typename Cfg::E;
-  static constexpr bool needs_S = !(Cfg::fp32 && Cfg::NB == 1);
-  static constexpr int64_t slices = 2 * arena(Cfg::C * Cfg::ldd, sizeof(E)) + arena(Cfg::DS * Cfg::ldm, sizeof(E));
-  static constexpr int64_t y_scratch = arena(Cfg::NB * Triangle<Cfg>::y_floats, 4);
-  static constexpr int64_t region = Cfg::fp32 ? slices + y_scratch : (slices > y_scratch ? slices : y_scratch);
-  static constexpr int64_t bytes = Gates<Cfg>::bytes + (needs_S ? arena(Cfg::C * Cfg::lds, 4) : 0) + arena(Cfg::NB * Triangle<Cfg>::x_floats, 4) + region;
-  static_assert(bytes <= 101376, "99 KB is what every GPU from sm_80 on has");
-};
-
-template <class Cfg>
 __global__ __launch_bounds__(Cfg::threads, Cfg::MP == 64 && !Cfg::fp32 ? 3 : 1) void backward_queries(const __grid_constant__ BackwardParams p,
                                                                                                       const __grid_constant__ Saved saved) {
   using E = typename Cfg::E;
@@ -98,10 +87,10 @@ __global__ __launch_bounds__(Cfg::threads, Cfg::MP == 64 && !Cfg::fp32 ? 3 : 1) 
   extern __shared__ __align__(16) char shared[];
   Arena mem{shared};
   Gates<Cfg> gates(mem, p, c, head);
-  float* S = QueriesShared<Cfg>::needs_S ? mem.take<float>(C * Cfg::lds) : nullptr;
+  float* S = RowsShared<Cfg>::needs_S ? mem.take<float>(C * Cfg::lds) : nullptr;
   float* x_scratch = mem.take<float>(NB * Triangle<Cfg>::x_floats) + warp * Triangle<Cfg>::x_floats;
   char* region = mem.p;
-  float* y_scratch = reinterpret_cast<float*>(region + (Cfg::fp32 ? QueriesShared<Cfg>::slices : 0)) + warp * Triangle<Cfg>::y_floats;
+  float* y_scratch = reinterpret_cast<float*>(region + (Cfg::fp32 ? RowsShared<Cfg>::slices : 0)) + warp * Triangle<Cfg>::y_floats;
   Arena slices{region};
   E* x_s = slices.take<E>(C * ldd);                        // q, d_o
   E* y_s = slices.take<E>(C * ldd);                        // k, v
@@ -389,7 +378,6 @@ __global__ __launch_bounds__(Cfg::threads, Cfg::MP == 64 && !Cfg::fp32 ? 3 : 1) 
   const float* gradients = saved.gradients + (c.slot * p.H + head) * (p.K + p.V) * p.M;
   const E* starts = static_cast<const E*>(saved.states) + (c.slot * p.H + head) * (p.K + p.V) * p.M;
 
-  const bool even_slots = p.M % 2 == 0;
   auto load_head = [&](const View& yv, const float* triangles, int hq, int d, int D) {
     load_tile<threads, E, C, DS>(y_s, ldd, rows_of(yv, c, head * r + hq), c.length, d, D);
     load_tile<threads, float, C, C>(t_s, ldx, rows_of(triangles + (first_item + hq) * C * C, C, DType::f32), C, 0, C);
@@ -627,7 +615,7 @@ void chunk_backward(const BackwardParams& p) {
     const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, Cfg::C);
     const States states = forward_states(p, nullptr, nullptr, !p.boundary);
     saved.states = states.boundary;
-    launch("backward_queries", backward_queries<Cfg>, slots * p.HQ, Cfg::threads, QueriesShared<Cfg>::bytes, p.stream, p, saved);
+    launch("backward_queries", backward_queries<Cfg>, slots * p.HQ, Cfg::threads, RowsShared<Cfg>::bytes, p.stream, p, saved);
 
     ScanParams a{};
     a.base = p;

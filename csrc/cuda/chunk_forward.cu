@@ -17,18 +17,6 @@ namespace gsa::cuda {
 namespace {
 
 template <class Cfg>
-struct OutputShared {
-  using E = typename Cfg::E;
-  static constexpr bool needs_S = !(Cfg::fp32 && Cfg::NB == 1);
-  static constexpr int64_t slices = 2 * arena(Cfg::C * Cfg::ldd, sizeof(E)) + arena(Cfg::DS * Cfg::ldm, sizeof(E));
-  static constexpr int64_t y_scratch = arena(Cfg::NB * Triangle<Cfg>::y_floats, 4);
-  // fp32 operands live in the scratch while slices stream by; in 16 bit they live in registers, and slices and scratch share their room.
-  static constexpr int64_t region = Cfg::fp32 ? slices + y_scratch : (slices > y_scratch ? slices : y_scratch);
-  static constexpr int64_t bytes = Gates<Cfg>::bytes + (needs_S ? arena(Cfg::C * Cfg::lds, 4) : 0) + arena(Cfg::NB * Triangle<Cfg>::x_floats, 4) + region;
-  static_assert(bytes <= 101376, "99 KB is what every GPU from sm_80 on has");
-};
-
-template <class Cfg>
 __global__ __launch_bounds__(Cfg::threads) void chunk_output(const __grid_constant__ ForwardParams p, const void* boundary) {
   using E = typename Cfg::E;
   using A = Arith<E>;
@@ -41,10 +29,10 @@ __global__ __launch_bounds__(Cfg::threads) void chunk_output(const __grid_consta
   extern __shared__ __align__(16) char shared[];
   Arena mem{shared};
   Gates<Cfg> gates(mem, p, c, head);
-  float* S = OutputShared<Cfg>::needs_S ? mem.take<float>(C * Cfg::lds) : nullptr;
+  float* S = RowsShared<Cfg>::needs_S ? mem.take<float>(C * Cfg::lds) : nullptr;
   float* x_scratch = mem.take<float>(NB * Triangle<Cfg>::x_floats) + warp * Triangle<Cfg>::x_floats;
   char* region = mem.p;
-  float* y_scratch = reinterpret_cast<float*>(region + (Cfg::fp32 ? OutputShared<Cfg>::slices : 0)) + warp * Triangle<Cfg>::y_floats;
+  float* y_scratch = reinterpret_cast<float*>(region + (Cfg::fp32 ? RowsShared<Cfg>::slices : 0)) + warp * Triangle<Cfg>::y_floats;
   Arena slices{region};
   E* x_s = slices.take<E>(C * ldd);                        // q
   E* y_s = slices.take<E>(C * ldd);                        // k, v
@@ -160,7 +148,7 @@ void chunk_forward(const ForwardParams& p) {
   const States s = forward_states(p, p.hkT, p.hvT, true);
   select_config(p, [&]<class Cfg>() {
     const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, Cfg::C);
-    launch("chunk_output", chunk_output<Cfg>, slots * p.HQ, Cfg::threads, OutputShared<Cfg>::bytes, p.stream, p, static_cast<const void*>(s.boundary));
+    launch("chunk_output", chunk_output<Cfg>, slots * p.HQ, Cfg::threads, RowsShared<Cfg>::bytes, p.stream, p, static_cast<const void*>(s.boundary));
   });
 }
 

@@ -4,6 +4,19 @@
 
 namespace gsa::cuda {
 
+// Shared memory of the kernels that work on the rows of one chunk of one query head (chunk_output, backward_queries).
+template <class Cfg>
+struct RowsShared {
+  using E = typename Cfg::E;
+  static constexpr bool needs_S = !(Cfg::fp32 && Cfg::NB == 1);
+  static constexpr int64_t slices = 2 * arena(Cfg::C * Cfg::ldd, sizeof(E)) + arena(Cfg::DS * Cfg::ldm, sizeof(E));
+  static constexpr int64_t y_scratch = arena(Cfg::NB * Triangle<Cfg>::y_floats, 4);
+  // fp32 operands live in the scratch while slices stream by; in 16 bit they live in registers, and slices and scratch share their room.
+  static constexpr int64_t region = Cfg::fp32 ? slices + y_scratch : (slices > y_scratch ? slices : y_scratch);
+  static constexpr int64_t bytes = Gates<Cfg>::bytes + (needs_S ? arena(Cfg::C * Cfg::lds, 4) : 0) + arena(Cfg::NB * Triangle<Cfg>::x_floats, 4) + region;
+  static_assert(bytes <= 101376, "99 KB is what every GPU from sm_80 on has");
+};
+
 // acc [16 x 8 NT] to rows i0 + .. of a head, columns d0 .. of D, times scale.
 template <class E, int NT>
 __device__ inline void store_rows(const Rows& dst, const float (*acc)[4], int i0, int rows, int d0, int D, float scale = 1.f) {
