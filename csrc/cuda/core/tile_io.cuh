@@ -4,17 +4,83 @@
 
 namespace gsa::cuda {
 
-// Shared memory of the kernels that work on the rows of one chunk of one query head (chunk_output, backward_queries).
+// Shared memory of the kernels that work on the rows of one chunk of one query head (chunk_output, backward_queries): gates, S, and a ring of two stages,
+// each with slices of the rows of two matrices x, y [C][DS] and of a state h [DS][MP]. While one is worked on the next one is on its way.
+// Slow blocks need scratch between the passes: in 16 bit it is the stage that nothing is on its way to. fp32 operands live in scratch while slices stream
+// by, so there it has room of its own.
 template <class Cfg>
 struct RowsShared {
   using E = typename Cfg::E;
   static constexpr bool needs_S = !(Cfg::fp32 && Cfg::NB == 1);
-  static constexpr int64_t slices = 2 * arena(Cfg::C * Cfg::ldd, sizeof(E)) + arena(Cfg::DS * Cfg::ldm, sizeof(E));
-  static constexpr int64_t y_scratch = arena(Cfg::NB * Triangle<Cfg>::y_floats, 4);
-  // fp32 operands live in the scratch while slices stream by; in 16 bit they live in registers, and slices and scratch share their room.
-  static constexpr int64_t region = Cfg::fp32 ? slices + y_scratch : (slices > y_scratch ? slices : y_scratch);
-  static constexpr int64_t bytes = Gates<Cfg>::bytes + (needs_S ? arena(Cfg::C * Cfg::lds, 4) : 0) + arena(Cfg::NB * Triangle<Cfg>::x_floats, 4) + region;
-  static_assert(bytes <= 101376, "99 KB is what every GPU from sm_80 on has");
+  static constexpr int64_t xy = arena(Cfg::C * Cfg::ldd, sizeof(E)), slices = 2 * xy + arena(Cfg::DS * Cfg::ldm, sizeof(E));
+  static constexpr int64_t scratch = arena(Cfg::NB * (Triangle<Cfg>::x_floats + Triangle<Cfg>::y_floats), 4);
+  static constexpr int64_t stage = Cfg::fp32 || slices > scratch ? slices : scratch;
+  static constexpr int64_t bytes = Gates<Cfg>::bytes + (needs_S ? arena(Cfg::C * Cfg::lds, 4) : 0) + 2 * stage + (Cfg::fp32 ? scratch : 0);
+  static_assert(bytes <= (Cfg::small || Cfg::fp32 ? 99 : 113) * 1024);
+};
+
+// The ring, and the order in which slices come: pass after pass, each along the columns of x and y and the rows of h.
+template <class Cfg>
+struct Ring {
+  using E = typename Cfg::E;
+  using Shared = RowsShared<Cfg>;
+  struct Slice {
+    E *x, *y, *h;
+  };
+  char* base;
+  int pass = 0, d = 0, sent = 0;                          // of the next one to be sent off
+  TileLoader<Cfg::threads, E, Cfg::C, Cfg::DS> x, y;
+  TileLoader<Cfg::threads, E, Cfg::DS, Cfg::MP> h;
+
+  __device__ char* stage(int i) const { return base + (i & 1) * Shared::stage; }
+  __device__ Slice slice(int i) const {
+    char* s = stage(i);
+    return {reinterpret_cast<E*>(s), reinterpret_cast<E*>(s + Shared::xy), reinterpret_cast<E*>(s + 2 * Shared::xy)};
+  }
+  // What slow blocks use between the passes, after a barrier: x, then y, for each warp.
+  __device__ float* x_scratch(int warp) const {
+    char* s = Cfg::fp32 ? base + 2 * Shared::stage : stage(sent);
+    return reinterpret_cast<float*>(s) + warp * Triangle<Cfg>::x_floats;
+  }
+  __device__ float* y_scratch(int warp) const { return x_scratch(0) + Cfg::NB * Triangle<Cfg>::x_floats + warp * Triangle<Cfg>::y_floats; }
+
+  // Sends off the next slice, if there is one. pass_of(i): {x, y, h: Rows; D; rows; M} of pass i; x.ptr == nullptr: pass without x.
+  template <class PassOf>
+  __device__ void send(int passes, PassOf&& pass_of) {
+    if (pass < passes) {
+      const Slice s = slice(sent);
+      const auto now = pass_of(pass);
+      const int left = now.D - d;
+      if (now.x.ptr) x.load(s.x, Cfg::ldd, d, now.rows, left, [&] { return now.x; });
+      y.load(s.y, Cfg::ldd, d, now.rows, left, [&] { return now.y; });
+      h.load(s.h, Cfg::ldm, int64_t(d) * now.M, left, now.M, [&] { return now.h; });
+      ++sent;
+      if ((d += Cfg::DS) >= now.D) {
+        d = 0, ++pass;
+        if (pass < passes) open(pass_of(pass));
+      }
+    }
+    cp_async_commit();
+  }
+  template <class Pass>
+  __device__ void open(const Pass& now) {
+    x.open(now.x, now.D), y.open(now.y, now.D), h.open(now.h, now.M);
+  }
+  // The next slice, complete; the one after it is sent off.
+  template <class PassOf>
+  __device__ Slice next(int passes, PassOf&& pass_of) {
+    cp_async_wait_for<0>();
+    __syncthreads();
+    const Slice s = slice(sent - 1);
+    send(passes, pass_of);
+    return s;
+  }
+};
+
+// One pass of a ring.
+struct Pass {
+  Rows x, y, h;
+  int D, rows, M;
 };
 
 // acc [16 x 8 NT] to rows i0 + .. of a head, columns d0 .. of D, times scale.
@@ -51,6 +117,21 @@ __device__ inline void store_dense(float* dst, int64_t ld, const float (*acc)[4]
   for (int h = 0; h < 2; ++h, p += 8 * ld)
 #pragma unroll
     for (int t = 0; t < NT; ++t) *reinterpret_cast<float2*>(p + t * 8) = make_float2(acc[t][2 * h], acc[t][2 * h + 1]);
+}
+
+// acc [16 x 8 NT] times scale to a dense matrix of E, in 16 bit with what rounding drops in `low` (nullptr: dropped).
+template <class E, int NT>
+__device__ inline void store_triangle(E* dst, E* low, int ld, const float (*acc)[4], float scale) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int at = (frag_row() + 8 * h) * ld + frag_col();
+#pragma unroll
+    for (int t = 0; t < NT; ++t) {
+      const float x = acc[t][2 * h] * scale, y = acc[t][2 * h + 1] * scale;
+      store2<E>(dst + at + t * 8, x, y);
+      if (sizeof(E) == 2 && low) store2<E>(low + at + t * 8, x - to_float(from_float<E>(x)), y - to_float(from_float<E>(y)));
+    }
+  }
 }
 
 template <bool exact>
