@@ -32,8 +32,8 @@ struct Saved {
   float *p, *do1, *e;        // [slots, HQ, C, MP]
   void *p_decayed, *do1_decayed;   // [slots, HQ, C, MP]   E   p exp(G), scale do1 exp(G)
   float* inter;              // [slots, H, C, MP]              the part of ds from after the chunk, decayed to its end
-  float *A1, *B;             // [slots, HQ, C, C]              strictly lower
-  void *dA1, *A2, *A2_low;   // [slots, HQ, C, C]          E   lower; dA1 times scale; A2 is the sum of two (16 bit)
+  float *A1, *B;             // [slots, HQ] Packed             strictly lower
+  void *dA1, *A2, *A2_low;   // [slots, HQ] Packed         E   lower; dA1 times scale; A2 is the sum of two (16 bit)
   const float* gate_tiles;   // [slots, H] GateTile            forward_states
   float* diagonals;          // [slots, HQ, 2, C]              of A1 and B
   int64_t bytes;
@@ -58,9 +58,10 @@ Saved plan(const Params& p, char* base) {
   s.p_decayed = take(rows * Cfg::MP * int64_t(sizeof(typename Cfg::E)));
   s.do1_decayed = take(rows * Cfg::MP * int64_t(sizeof(typename Cfg::E)));
   s.inter = floats(slots * p.H * Cfg::C * Cfg::MP);
-  s.A1 = floats(rows * Cfg::C);
-  s.B = floats(rows * Cfg::C);
-  for (void** x : {&s.dA1, &s.A2, &s.A2_low}) *x = take(rows * Cfg::C * int64_t(sizeof(typename Cfg::E)));
+  const int64_t triangles = slots * p.HQ * Packed<Cfg>::elements;
+  s.A1 = floats(triangles);
+  s.B = floats(triangles);
+  for (void** x : {&s.dA1, &s.A2, &s.A2_low}) *x = take(triangles * int64_t(sizeof(typename Cfg::E)));
   s.diagonals = floats(rows * 2);
   return s;
 }
@@ -132,7 +133,7 @@ __global__ __launch_bounds__(Cfg::threads, Cfg::blocks_per_sm) void backward_que
     triangle.split_diagonal(x, b1);
     float* out = saved.diagonals + (item * 2 + pass) * C + warp * 16 + frag_row();
     if ((lane_id() & 3) == 0) out[0] = b1[0], out[8] = b1[1];
-    store_dense<CT>((pass ? saved.B : saved.A1) + item * C * C, C, x, warp * 16);
+    Packed<Cfg>::store((pass ? saved.B : saved.A1) + item * Packed<Cfg>::elements, static_cast<float*>(nullptr), x, warp);
     triangle.apply(dp, x);
     if (pass == 0) {
       a1[0] = b1[0], a1[1] = b1[1];
@@ -192,19 +193,15 @@ __global__ __launch_bounds__(Cfg::threads, Cfg::blocks_per_sm) void backward_que
 #pragma unroll 1
   for (int pass = 0; pass < 2; ++pass) {
     float d[2];
-    store_dense<MT>((pass ? saved.do1 : saved.p) + item * C * MP, MP, y, warp * 16);
+    const int64_t rows = (item * C + warp * 16) * MP;
+    store_dense<MT>((pass ? saved.do1 : saved.p) + rows, MP, y, 0);
     diagonal_of<Cfg>(gates, S, y, warp, d);
     triangle.contract(x, y);
     triangle.add_diagonal(x, d);
     const float scale = pass ? static_cast<float>(p.scale) : 1.f;
-    const int64_t at = (item * C + warp * 16) * C;
-    store_triangle<E, CT>(static_cast<E*>(pass ? saved.dA1 : saved.A2) + at, pass || Cfg::fp32 ? nullptr : static_cast<E*>(saved.A2_low) + at, C, x, scale);
-    E* decayed = static_cast<E*>(pass ? saved.do1_decayed : saved.p_decayed) + (item * C + warp * 16 + frag_row()) * MP + frag_col();
-#pragma unroll
-    for (int t = 0; t < MT; ++t) {
-      store2<E>(decayed + t * 8, y[t][0] * scale, y[t][1] * scale);
-      store2<E>(decayed + 8 * MP + t * 8, y[t][2] * scale, y[t][3] * scale);
-    }
+    const int64_t at = item * Packed<Cfg>::elements;
+    Packed<Cfg>::store(static_cast<E*>(pass ? saved.dA1 : saved.A2) + at, pass ? nullptr : static_cast<E*>(saved.A2_low) + at, x, warp, scale);
+    store_tile<E, MT>(static_cast<E*>(pass ? saved.do1_decayed : saved.p_decayed) + rows, MP, y, scale);
     if (pass == 0) {
 #pragma unroll
       for (int t = 0; t < MT; ++t)
@@ -301,8 +298,8 @@ __device__ __noinline__ void decays_to_end(const Gates<Cfg>& gates, float* w_out
 // z[j][m] (+)= sum_{i > j} exp(G_i - G_j) (B_ij p_i + A1_ij do1_i) inside the block, exactly: z <- (z + ..._i) a_i from the last row down to j + 1.
 // a, b: the block's columns of A1 and B; prob, grad: its rows of p and do1.
 template <class Cfg>
-__device__ __noinline__ void keys_block(const Gates<Cfg>& gates, float* z_out, const float* a, const float* b, int ld, const float* prob, const float* grad,
-                                        int block, int begin, int end, bool add) {
+__device__ __noinline__ void keys_block(const Gates<Cfg>& gates, float* z_out, const float* a, const float* b, int ld, const float* prob,
+                                        const float* grad, int block, int begin, int end, bool add) {
   constexpr int ldz = KeysShared<Cfg>::ldz;
   __syncwarp();
   for (int m = begin + lane_id(); m < end; m += 32) {
@@ -382,9 +379,9 @@ __global__ __launch_bounds__(KeysShared<Cfg>::threads, Cfg::blocks_per_sm) void 
     auto ys = [&] { return rows_of(pass ? p.d_o : p.q, c, head * r + hq); };
     if (d == 0 || r > 1) {
       y_in.open(ys(), D);
-      const int64_t at = (first_item + hq) * C * C;
-      load_matrix<threads, C>(t_s, ldt, static_cast<const E*>(pass ? saved.A2 : saved.dA1) + at, C);
-      if (!Cfg::fp32 && pass) load_matrix<threads, C>(low_s, ldt, static_cast<const E*>(saved.A2_low) + at, C);
+      const int64_t at = (first_item + hq) * Packed<Cfg>::elements;
+      Packed<Cfg>::template load<threads>(t_s, ldt, static_cast<const E*>(pass ? saved.A2 : saved.dA1) + at);
+      if (!Cfg::fp32 && pass) Packed<Cfg>::template load<threads>(low_s, ldt, static_cast<const E*>(saved.A2_low) + at);
     }
     y_in.load(y_s, ldd, d, c.length, D - d, ys);
     cp_async_commit();
@@ -464,7 +461,7 @@ __global__ __launch_bounds__(KeysShared<Cfg>::threads, Cfg::blocks_per_sm) void 
           send_head(pass, d, hq + 1);
         }
       }
-      store_rows<E, DT>(rows_of(out, c, head), acc, warp * 16, c.length, d + d0, D);
+      store_rows<E, DT, false>(rows_of(out, c, head), acc, warp * 16, c.length, d + d0, D);
     }
   }
 
@@ -495,8 +492,9 @@ __global__ __launch_bounds__(KeysShared<Cfg>::threads, Cfg::blocks_per_sm) void 
     if (to_b >= 0) {
       const Stage s = stage(sent++);
       const int64_t at = (first_item + to_hq) * C + to_b * 16;
-      load_matrix<threads, C>(s.a, ldr, saved.A1 + at * C, 16);
-      load_matrix<threads, C>(s.b, ldr, saved.B + at * C, 16);
+      const int64_t triangle = (first_item + to_hq) * Packed<Cfg>::elements;
+      Packed<Cfg>::template load_rows<threads>(s.a, ldr, saved.A1 + triangle, to_b);
+      Packed<Cfg>::template load_rows<threads>(s.b, ldr, saved.B + triangle, to_b);
       if constexpr (Shared::needs_products) load_matrix<threads, MP>(s.p, lds, saved.p + at * MP, 16), load_matrix<threads, MP>(s.d, lds, saved.do1 + at * MP, 16);
       if (++to_hq == r) to_hq = 0, --to_b;
     }

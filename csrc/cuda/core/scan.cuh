@@ -8,7 +8,7 @@
 // A block of 4 warps owns 64 rows of [Hk; Hv^T] (of K or of V) times all slots, in fp32 registers; before each chunk it leaves a copy in memory:
 // boundary[slot], in E, is the state before the chunk, gradient[slot], in fp32 (TF32), the cotangent of the state after it.
 #pragma once
-#include "chunk.cuh"
+#include "tile_io.cuh"
 
 namespace gsa::cuda {
 
@@ -170,9 +170,11 @@ __global__ __launch_bounds__(128, ScanShared<Cfg>::blocks_per_sm) void state_sca
     using Out = std::conditional_t<gradient, float, E>;
     auto value = [](float x) { return gradient && !Cfg::fp32 ? to_tf32(x) : x; };
     Out* out = static_cast<Out*>(a.out) + ((slot * p.H + head) * (p.K + p.V) + (values ? p.K : 0)) * p.M;
-    const bool even = p.M % 2 == 0;
     Out* q = out + int64_t(row) * p.M + frag_col();
-    if (even) {
+    if constexpr (sizeof(Out) == 2) {
+      if (p.M % 4 == 0) return store_paired<Out, MT>(out + int64_t(d0 + warp * 16) * p.M, p.M, acc, D - d0 - warp * 16, p.M);
+    }
+    if (p.M % 2 == 0) {
 #pragma unroll
       for (int h = 0; h < 2; ++h, q += 8 * p.M)
 #pragma unroll
