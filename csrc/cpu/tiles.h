@@ -20,18 +20,6 @@ struct Rows {
   explicit operator bool() const { return first != nullptr; }
 };
 
-struct Sequence {
-  int64_t batch, begin, length;
-};
-
-template <class P> GSA_INLINE Sequence sequence(const P& p, int64_t n) {
-  if (!p.cu_seqlens) return {n, 0, p.T};
-  const auto bound = [&](int64_t i) GSA_LAMBDA {
-    return p.cu_seqlens_64 ? static_cast<const int64_t*>(p.cu_seqlens)[i] : int64_t(static_cast<const int32_t*>(p.cu_seqlens)[i]);
-  };
-  return {0, bound(n), bound(n + 1) - bound(n)};
-}
-
 GSA_INLINE Rows rows(const View& v, const Sequence& s, int64_t head, bool reverse) {
   if (!v.ptr) return {};
   const int64_t size = bytes_of(v.dtype), token = reverse ? s.begin + s.length - 1 : s.begin;
