@@ -56,7 +56,7 @@ def use_cuda(torch_cuda: str | None, toolkit: str | None) -> tuple[bool, str]:
     if forced == "0":
         return False, "GSA_BUILD_CUDA=0"
     if torch_cuda is None:
-        reason = "this torch has no CUDA; install one that has (see pytorch.org)"
+        reason = "this torch has no CUDA: install one that has (see pytorch.org)"
     elif toolkit is None:
         reason = f"torch has CUDA {torch_cuda}, but there is no CUDA toolkit: put nvcc {torch_cuda.split('.')[0]}.x on PATH or set CUDA_HOME"
     elif toolkit.split(".")[0] != torch_cuda.split(".")[0]:
@@ -89,6 +89,7 @@ def native() -> dict[str, Any]:
 
     archs = re.sub(r"[;,\s]+", " ", os.environ["TORCH_CUDA_ARCH_LIST"]).strip() if cuda else ""
     facts = [("GSA_BUILT_TORCH", torch.__version__), ("GSA_BUILT_CUDA", torch.version.cuda if cuda else ""), ("GSA_BUILT_ARCHS", archs)]
+    facts += [("GSA_BUILT_WHY", "" if cuda else why)]
     common = ["-O3", "-std=c++20"]
     csrc = ROOT / "csrc"
     sources = sorted([*csrc.glob("*.cpp"), *csrc.glob("cpu/**/*.cpp")])
