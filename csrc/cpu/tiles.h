@@ -258,13 +258,18 @@ template <class T> void store_state(void* dst, int64_t offset, const T* src, int
     else std::memcpy(to + i * int64_t(cols), src + i * int64_t(ld), sizeof(T) * cols);
 }
 
-// Scratch of one thread: measured first (base == nullptr), then handed out.
+// Scratch of one thread: measured first (base == nullptr), then handed out. AddressSanitizer sees what runs over from one array into the next.
 class Arena {
  public:
   explicit Arena(char* base = nullptr) : base_(base) {}
   template <class T> void take(T*& p, int64_t count) {
     p = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(base_) + used_);
-    used_ += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
+    const int64_t size = count * int64_t(sizeof(T));
+    used_ += (size + 63) / 64 * 64;
+#if defined(__SANITIZE_ADDRESS__)
+    used_ += 64;
+    if (base_) ASAN_POISON_MEMORY_REGION(reinterpret_cast<char*>(p) + size, base_ + used_ - (reinterpret_cast<char*>(p) + size));
+#endif
   }
   int64_t used() const { return used_; }
 
