@@ -7,7 +7,8 @@ and those of the CPU, compiled with AddressSanitizer and UndefinedBehaviorSaniti
 
     .ci/sanitize
 
-Results are compared with fp64 as well: a kernel that does nothing would be clean. initcheck and synccheck work the same way.
+Results are compared with fp64 as well: a kernel that does nothing would be clean. On the CPU, where everything around the kernels is slow under
+the sanitizers, only roughly: accuracy is what the tests are for. initcheck and synccheck work the same way.
 """
 
 import itertools
@@ -31,6 +32,7 @@ SIZES = [  # T, HQ, H, K, V, M
 ]
 
 
+RESULTS = ("o", "hk", "hv", "z", "dq", "dk", "dv", "ds", "dg", "dhk0", "dhv0", "dz0")
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 
@@ -53,7 +55,7 @@ def cases(device):
 
 def cases_of_the_cpu():
     """Remainders of a vector, groups of 1 to 11 heads, sequences that are cut along time."""
-    for K, V, M in ((1, 1, 1), (3, 17, 5), (15, 16, 31), (33, 63, 17)):
+    for K, V, M in ((1, 17, 3), (3, 1, 5), (15, 16, 31), (33, 63, 17)):
         for dtype, HQ in ((FP64, 1), (FP32, 7), (BF16, 11)):
             x = make_inputs(1, 35, HQ, 1, K, V, M, mode="given", dtype=dtype, initial_state=True)
             yield from ((chunk_gsa, x), (fused_recurrent_gsa, x), (stepwise, x))
@@ -84,10 +86,12 @@ def main() -> int:
     torch.set_num_threads(max(2, torch.get_num_threads()))
     wrong = 0
     for op, x in cases(device):
-        rows = testing.compare(op, x, gradients=op is not stepwise)
+        dtype = x["q"].dtype
+        rough = dict.fromkeys(RESULTS, {FP64: 1e-10, FP32: 1e-4}.get(dtype, 0.1)) if device == "cpu" else None
+        rows = testing.compare(op, x, gradients=op is not stepwise, allowed=rough)
         bad = [row for row in rows if not row.ok]
         wrong += bool(bad)
-        print(f"{op.__name__} {tuple(x['q'].shape)} V {x['v'].shape[-1]} {str(x['q'].dtype)[6:]}: {'ok' if not bad else '; '.join(map(str, bad))}", flush=True)
+        print(f"{op.__name__} {tuple(x['q'].shape)} V {x['v'].shape[-1]} {str(dtype)[6:]}: {'ok' if not bad else '; '.join(map(str, bad))}", flush=True)
     pools(device)
     if device == "cuda":
         for contents in ((0, 3, 10**9), (5, -7, 2**31 - 1), (0, 4, 2)):  # no access outside the tensors, whatever cu_seqlens says
