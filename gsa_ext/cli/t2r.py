@@ -58,7 +58,7 @@ HELP = {
     "model": "a causal language model: directory or hub id (default: a small one, trained here once)",
     "data": "text to train on: file or directory (.txt, .md, .py, .jsonl, .json, .parquet) or hub id of a data set",
     "text_column": "column of the data that holds the text (default: text)",
-    "preset": "how to convert: t2r or paper",
+    "preset": "how to convert: t2r, paper or liger",
     "layers": "layers to convert: all, or indices such as 0,1,3",
     "num_slots": "memory slots per key/value head (default: the preset's)",
     "rope": "keep or drop the rotary position embedding (default: the preset's)",
