@@ -5,7 +5,6 @@ own classes; they are attributes of this module and registered with the Auto cla
 """
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -226,38 +225,21 @@ class _GSAModel(_GSAModule):
         inputs = inputs_embeds if input_ids is None else input_ids
         if inputs is None:
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        B, T = inputs.shape[:2]
-        check_cache(past_key_values)
-        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.ndim != 2):
-            raise ValueError("attention_mask: a model with GSA layers takes a padding mask [B, T] of zeros and ones; "
-                             "masks between pairs of tokens mean nothing to a recurrent layer" +
-                             ("" if isinstance(attention_mask, dict) else f", given {list(attention_mask.shape)}"))
-        mask = None if attention_mask is None else token_mask(attention_mask, B, T, seen)
-
-        lengths = kwargs.get("cu_seq_lens_q")
-        cu_seqlens = _packing(B, T, mask, position_ids, kwargs.get("cu_seq_lens_k") if lengths is None else lengths, kwargs.get("seq_idx"))
         hybrid = len((self.config.gsa or {"layers": ()})["layers"]) < self.config.num_hidden_layers   # type: ignore[attr-defined]
-        if cu_seqlens is not None:
-            if use_cache or past_key_values is not None:
-                raise ValueError("packed sequences cannot be cached: pass use_cache=False and no past_key_values, "
-                                 "or give the sequences as a padded batch")
-            use_cache = False
-            if position_ids is None:
-                position_ids = _restarting_positions(cu_seqlens, T)
-            if hybrid and mask is not None:
-                if not mask.all():
+        call = Call(*inputs.shape[:2], attention_mask, position_ids, past_key_values, use_cache, kwargs, train=self.training)   # type: ignore[attr-defined]
+        if call.tokens.cu_seqlens is not None:
+            position_ids = call.position_ids
+            if hybrid and call.tokens.mask is not None:
+                if not call.tokens.mask.all():
                     raise ValueError("packed sequences with padding: softmax layers cannot tell the sequences apart; drop the padding and the attention_mask")
                 attention_mask = None                                                         # transformers sees packing only without it
-        elif use_cache is None and past_key_values is None and self.training and torch.is_grad_enabled():   # type: ignore[attr-defined]
-            use_cache = False
 
         if not hybrid:
             # No layer reads a mask between pairs of tokens. One that is 4-D already is passed through: nothing quadratic is built.
-            attention_mask = inputs.new_empty(B, 1, 0, 0, dtype=torch.bool)
+            attention_mask = inputs.new_empty(inputs.shape[0], 1, 0, 0, dtype=torch.bool)
         return super().forward(                                                               # type: ignore[misc]
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds, use_cache=use_cache, gsa_tokens=Tokens(mask, cu_seqlens), **kwargs)
+            inputs_embeds=inputs_embeds, use_cache=call.use_cache, gsa_tokens=call.tokens, **kwargs)
 
 
 class _GSACausalLM(_GSAModule):
@@ -280,6 +262,36 @@ def adopt(model: PreTrainedModel, config: Any) -> None:
     for part, converted in ((model.base_model, base_class), (model, class_)):
         part.__class__ = converted
         _record_outputs(part)
+
+
+class Call:
+    """What a model with GSA layers finds out about the arguments of a forward pass: checked, padding and packing in ``tokens``.
+
+    Args:
+        B, T: rows and tokens. attention_mask, position_ids, past_key_values, use_cache, kwargs: as given to the model.
+        train: the model is in training mode; then there is no cache unless it is asked for.
+    """
+
+    def __init__(self, B: int, T: int, attention_mask: Any, position_ids: Tensor | None, past_key_values: Any, use_cache: bool | None,
+                 kwargs: dict[str, Any], train: bool) -> None:
+        check_cache(past_key_values)
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.ndim != 2):
+            raise ValueError("attention_mask: a model with GSA layers takes a padding mask [B, T] of zeros and ones; "
+                             "masks between pairs of tokens mean nothing to a recurrent layer" +
+                             ("" if isinstance(attention_mask, dict) else f", given {list(attention_mask.shape)}"))
+        mask = None if attention_mask is None else token_mask(attention_mask, B, T, seen)
+        lengths = kwargs.get("cu_seq_lens_q")
+        cu_seqlens = _packing(B, T, mask, position_ids, kwargs.get("cu_seq_lens_k") if lengths is None else lengths, kwargs.get("seq_idx"))
+        if cu_seqlens is not None:
+            if use_cache or past_key_values is not None:
+                raise ValueError("packed sequences cannot be cached: pass use_cache=False and no past_key_values, "
+                                 "or give the sequences as a padded batch")
+            use_cache = False
+            position_ids = _restarting_positions(cu_seqlens, T) if position_ids is None else position_ids
+        elif use_cache is None and past_key_values is None and train and torch.is_grad_enabled():
+            use_cache = False
+        self.tokens, self.position_ids, self.use_cache = Tokens(mask, cu_seqlens), position_ids, use_cache
 
 
 def _packing(B: int, T: int, mask: Tensor | None, position_ids: Tensor | None, cu_seq_lens: Tensor | None, seq_idx: Tensor | None) -> Tensor | None:
@@ -353,15 +365,10 @@ def _record_outputs(model: Any) -> None:
     registry[str(type(model)) if type(registry) is dict else model] = model._can_record_outputs     # the key is the model itself in newer versions
 
 
-def register() -> None:
-    """Registers the converted classes of every family with the Auto classes. ``import gsa_ext.hf`` does it."""
-    for model_type in _families():
-        config, model, lm = gsa_classes(model_type)
+def register(*further: Any) -> None:
+    """Registers the converted classes of every family that the installed transformers has, and ``further`` (config, base model, causal LM), with the
+    Auto classes. ``import gsa_ext.hf`` does it."""
+    for config, model, lm in [gsa_classes(name) for name in FAMILIES if name in CONFIG_MAPPING] + ([further] if further else []):
         AutoConfig.register(config.model_type, config, exist_ok=True)        # type: ignore[attr-defined]
         AutoModel.register(config, model, exist_ok=True)
         AutoModelForCausalLM.register(config, lm, exist_ok=True)
-
-
-def _families() -> Iterator[str]:
-    """Those of ``FAMILIES`` that the installed transformers has."""
-    return (model_type for model_type in FAMILIES if model_type in CONFIG_MAPPING)

@@ -101,3 +101,15 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor
     if mask is not None:
         allowed = allowed & (mask[:, None] | torch.eye(T, dtype=torch.bool, device=q.device))         # padding sees itself: finite
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed[:, None], scale=scale).transpose(1, 2)
+
+
+def attention_over(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention of the last T tokens ``q [B, T, HQ, K]`` to all L tokens ``k, v [B, L, H, ...]``. mask: bool ``[B, L]``, False at padding."""
+    T, L, r = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    place = torch.arange(L, device=q.device)
+    own = place[L - T:, None]
+    allowed = (own >= place)[None]
+    if mask is not None:
+        allowed = allowed & (mask[:, None] | (own == place))                                          # padding sees itself: finite
+    q, k, v = q.transpose(1, 2), k.repeat_interleave(r, 2).transpose(1, 2), v.repeat_interleave(r, 2).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed[:, None], scale=scale).transpose(1, 2)
