@@ -76,8 +76,9 @@ def board(config, weights, ids):
                 q, k, v = (conv(z, at + f"attn.{n}_conv1d.weight") for n, z in zip("qkv", (q, k, v)))
             heads, kv = config.num_heads, config.num_kv_heads or config.num_heads
             q, k, v = q.unflatten(-1, (heads, -1)), k.unflatten(-1, (kv, -1)), F.silu(v.unflatten(-1, (kv, -1)))
-            learned = w.get(at + "attn.feature_map.layer.weight")
-            phi = {"swish": F.silu, "relu": F.relu, "t2r": lambda z: F.relu(z @ learned.T)}[config.feature_map]
+            if config.feature_map == "t2r":
+                q, k = (z @ w[at + "attn.feature_map.layer.weight"].T for z in (q, k))
+            phi = F.silu if config.feature_map == "swish" else F.relu
             g = F.logsigmoid(F.linear(y, w[at + "attn.f_proj.weight"]).unflatten(-1, (kv, -1))) / config.gate_logit_normalizer
             o = naive_gsa(phi(q), phi(k), v, None, g, scale=1.0)[0]
             y = F.linear(norm(F.silu(o.double().flatten(-2)), at + "attn.g_norm.weight", 1e-5), w[at + "attn.o_proj.weight"])

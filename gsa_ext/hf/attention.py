@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -106,7 +107,13 @@ class GSAAttention(nn.Module):
                 config.hidden_size, self.num_kv_heads, self.num_slots, settings["gate_std"], settings["gate_spread"], half_lives, **where)
         self.g_norm = RMSNorm(self.num_heads * self.head_dim, eps=1e-5, **where) if settings["norm"] else None
         self.window_mix = WindowMix(self.num_heads, **where) if settings.get("mix") == "learned" else None
+        self.instead: Callable[..., Tensor] | None = None                # what training puts in the place of slots_output for a while
         self.train(attention.training)
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The names of the input projections."""
+        return self._family.modules[:-1]
 
     def forward(
         self,
@@ -120,8 +127,17 @@ class GSAAttention(nn.Module):
     ) -> tuple[Tensor, None]:
         """hidden_states ``[B, T, hidden_size]`` -> ``([B, T, hidden_size], None)``. ``attention_mask``, which is between pairs of tokens, is not
         used: padding and packing come in ``gsa_tokens``. ``layer_past`` is another name for ``past_key_values``."""
-        mask, cu_seqlens = gsa_tokens or getattr(self, "tokens", None) or (None, None)
+        tokens = getattr(self, "tokens", None) if gsa_tokens is None else gsa_tokens
         past_key_values = layer_past if past_key_values is None else past_key_values
+        if self.instead is None:
+            return self.slots_output(hidden_states, position_embeddings, tokens, past_key_values), None
+        if past_key_values is not None:
+            raise ValueError("softmax attention in the place of GSA layers has no cache: pass use_cache=False")
+        return self.instead(hidden_states, position_embeddings, tokens), None
+
+    def slots_output(self, hidden_states: Tensor, position_embeddings: Any = None, tokens: Tokens | None = None, past_key_values: Any = None) -> Tensor:
+        """What this layer makes of ``hidden_states``: ``[B, T, hidden_size]``."""
+        mask, cu_seqlens = tokens or (None, None)
         state = None if past_key_values is None else cast(GSACacheLayer, layer_state(past_key_values, self.layer_idx, GSACacheLayer))
         q, k, v = self._family.project(self, hidden_states)              # [B, T, heads, head_dim]
         g = log_gate(self._gate_logits(hidden_states, k), self.settings["gate_logit_normalizer"])
@@ -145,12 +161,12 @@ class GSAAttention(nn.Module):
         o = o.flatten(-2)
         if self.g_norm is not None:
             o = self.g_norm(F.silu(o))
-        return getattr(self, self._family.output)(o), None
+        return getattr(self, self._family.output)(o)
 
-    def softmax_output(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None, gsa_tokens: Tokens | None = None) -> Tensor:
+    def softmax_output(self, hidden_states: Tensor, position_embeddings: Any = None, tokens: Tokens | None = None) -> Tensor:
         """What the softmax attention that was here makes of ``hidden_states``, with the projections as they are now: ``[B, T, hidden_size]``.
         The target of attention transfer; time quadratic in T unless the model has a sliding window of its own."""
-        mask, cu_seqlens = gsa_tokens or (None, None)
+        mask, cu_seqlens = tokens or (None, None)
         q, k, v = self._family.project(self, hidden_states)
         q, k = self._rotated(q, k, position_embeddings)
         if self.softmax_window is not None and self.softmax_window < q.shape[1]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -99,6 +100,8 @@ def convert(
                          f"there is one for {', '.join(FAMILIES)}")
     family, (config_class, _, gsa_lm) = FAMILIES[model_type], gsa_classes(model_type)
     original = gsa_lm.__bases__[-1]
+    if isinstance(model, FSDPModule):
+        raise ValueError("model: is sharded by fully_shard; convert first, then shard")
     if type(model) not in (gsa_lm, original):
         raise ValueError(f"model: expected a {original.__name__}, given {type(model).__name__}")
 

@@ -226,7 +226,8 @@ class _GSAModel(_GSAModule):
         if inputs is None:
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         hybrid = len((self.config.gsa or {"layers": ()})["layers"]) < self.config.num_hidden_layers   # type: ignore[attr-defined]
-        call = Call(*inputs.shape[:2], attention_mask, position_ids, past_key_values, use_cache, kwargs, train=self.training)   # type: ignore[attr-defined]
+        call = Call(inputs.shape[0], inputs.shape[1], attention_mask, position_ids, past_key_values, use_cache, kwargs,
+                    train=self.training)                                                      # type: ignore[attr-defined]
         if call.tokens.cu_seqlens is not None:
             position_ids = call.position_ids
             if hybrid and call.tokens.mask is not None:

@@ -198,8 +198,9 @@ class GSABlock(GradientCheckpointingLayer):
             assert config.gate_logit_normalizer is not None
             self.attn = GatedSlotAttention(
                 hidden_size=config.hidden_size, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads, num_slots=config.num_slots,
-                expand_k=config.expand_k, expand_v=config.expand_v, feature_map=config.feature_map, use_short_conv=config.use_short_conv, conv_size=config.conv_size,
-                gate_logit_normalizer=config.gate_logit_normalizer, elementwise_affine=bool(config.elementwise_affine), norm_eps=1e-5, layer_idx=layer_idx)
+                expand_k=config.expand_k, expand_v=config.expand_v, feature_map=config.feature_map, use_short_conv=config.use_short_conv,
+                conv_size=config.conv_size, gate_logit_normalizer=config.gate_logit_normalizer, elementwise_affine=bool(config.elementwise_affine),
+                norm_eps=1e-5, layer_idx=layer_idx)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = GatedMLP(config.hidden_size, config.mlp_size)
 
