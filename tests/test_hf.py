@@ -3,6 +3,9 @@
 import copy
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -288,6 +291,32 @@ def test_save_and_load(preset, layers, device, tmp_path):
     base = AutoModel.from_pretrained(tmp_path).to(device).eval()
     with torch.no_grad():
         assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
+
+
+def test_loads_without_import(tmp_path):
+    """A tool that never imports gsa_ext loads saved models with trust_remote_code=True, and saves them again just so."""
+    models = {"converted": converted("liger", [0, 2]),
+              "gsa": gsa_ext.hf.GSAForCausalLM(gsa_ext.hf.GSAConfig(hidden_size=32, num_hidden_layers=1, num_slots=6, vocab_size=VOCAB, intermediate_size=40)).eval()}
+    script = """
+import sys, torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+assert "gsa_ext" not in sys.modules
+for name in sys.argv[2:]:
+    folder = f"{sys.argv[1]}/{name}"
+    assert AutoConfig.from_pretrained(folder, trust_remote_code=True).model_type.startswith("gsa")
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    torch.save(model(torch.arange(1, 20)[None]).logits.detach(), folder + ".pt")
+    model.save_pretrained(folder + "-again")
+    AutoModel.from_pretrained(folder + "-again", trust_remote_code=True)
+"""
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", script, str(tmp_path), *models], check=True, env=environment, cwd=tmp_path)
+    for name, model in models.items():
+        assert torch.equal(torch.load(tmp_path / f"{name}.pt"), model(torch.arange(1, 20)[None]).logits)
+        first, second = ({p.name: p.read_text() for p in (tmp_path / folder).iterdir() if p.suffix in (".py", ".json")} for folder in (name, name + "-again"))
+        assert first == second and "modeling_gsa_ext.py" in first
 
 
 def test_missing_gate_is_initialised(tmp_path):

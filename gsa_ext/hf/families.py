@@ -6,6 +6,7 @@ own classes; they are attributes of this module and registered with the Auto cla
 
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -191,7 +192,37 @@ def _hand_down(layer: Any, args: Any, kwargs: Any) -> None:
             module.tokens = kwargs.get("gsa_tokens")
 
 
-class _GSAModule:
+MODULE = "modeling_gsa_ext"
+SOURCE = '''"""Lets tools that do not import gsa_ext load this model with trust_remote_code=True; gsa_ext must be installed."""
+
+import gsa_ext.hf  # noqa: F401
+from {module} import {names}
+'''
+
+
+class LoadsAnywhere:
+    """A saved model brings a module that imports gsa_ext, and an ``auto_map`` that names it."""
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As transformers does; and the module."""
+        config, model, lm = [kind.__name__ for kind in _auto_classes(self.config_class)]      # type: ignore[attr-defined]
+        self.config.auto_map = {"AutoConfig": f"{MODULE}.{config}", "AutoModel": f"{MODULE}.{model}",            # type: ignore[attr-defined]
+                                "AutoModelForCausalLM": f"{MODULE}.{lm}"}
+        if kwargs.get("is_main_process", True):
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            Path(save_directory, f"{MODULE}.py").write_text(SOURCE.format(module=type(self).__module__, names=", ".join(sorted((config, model, lm)))))
+        super().save_pretrained(save_directory, *args, **kwargs)             # type: ignore[misc]
+
+    @classmethod
+    def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:
+        """transformers asks for it after loading by ``auto_map``, and would save a copy of this file from then on. Nothing to do."""
+
+
+def _auto_classes(config: Any) -> tuple[type, type, type]:
+    return config, MODEL_MAPPING[config], MODEL_FOR_CAUSAL_LM_MAPPING[config]
+
+
+class _GSAModule(LoadsAnywhere):
     """What converted base models and causal LMs share."""
 
     _is_stateful = True                                                      # generate: no assisted decoding
@@ -341,6 +372,10 @@ def gsa_classes(model_type: str) -> tuple[type, type, type]:
         """The original configuration, and in ``gsa`` what was converted: ``{"layers": {"<index>": settings}}``."""
 
         gsa: dict[str, Any] | None = None
+
+        @classmethod
+        def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:
+            """As that of the models."""
 
     Config.model_type = f"gsa_{model_type}"
     names = [f"Gsa{base.__name__}" for base in (config_base, model_base, lm_base)]

@@ -19,7 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from gsa_ext.hf.attention import Tokens
 from gsa_ext.hf.cache import GSACacheLayer
-from gsa_ext.hf.families import Call
+from gsa_ext.hf.families import Call, LoadsAnywhere
 from gsa_ext.hf.window import attention_over, causal_attention, window_attention
 from gsa_ext.layer import GatedSlotAttention, RMSNorm, layer_state
 
@@ -106,6 +106,10 @@ class GSAConfig(PreTrainedConfig):
         if self.intermediate_size is not None:
             return self.intermediate_size
         return -(-int(self.hidden_size * (self.hidden_ratio or 4) * 2 / 3) // 256) * 256
+
+    @classmethod
+    def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:
+        """As that of the models: a saved model brings its own module."""
 
     # other libraries ask by these names
     @property
@@ -214,7 +218,7 @@ class GSABlock(GradientCheckpointingLayer):
         return x + self.mlp(self.mlp_norm(x))
 
 
-class GSAPreTrainedModel(PreTrainedModel):
+class GSAPreTrainedModel(LoadsAnywhere, PreTrainedModel):
     config: GSAConfig
     config_class = GSAConfig
     base_model_prefix = "model"
