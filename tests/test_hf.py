@@ -295,8 +295,8 @@ def test_save_and_load(preset, layers, device, tmp_path):
 
 def test_loads_without_import(tmp_path):
     """A tool that never imports gsa_ext loads saved models with trust_remote_code=True, and saves them again just so."""
-    models = {"converted": converted("liger", [0, 2]),
-              "gsa": gsa_ext.hf.GSAForCausalLM(gsa_ext.hf.GSAConfig(hidden_size=32, num_hidden_layers=1, num_slots=6, vocab_size=VOCAB, intermediate_size=40)).eval()}
+    config = gsa_ext.hf.GSAConfig(hidden_size=32, num_hidden_layers=1, num_slots=6, vocab_size=VOCAB, intermediate_size=40)
+    models = {"converted": converted("liger", [0, 2]), "gsa": gsa_ext.hf.GSAForCausalLM(config).eval()}
     script = """
 import sys, torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 
-COMMANDS = ("info", "verify", "bench", "t2r", "generate")
+COMMANDS = ("info", "verify", "bench", "t2r", "convert", "eval", "generate")
 
 
 def main(argv: list[str] | None = None) -> int:

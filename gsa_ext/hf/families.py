@@ -218,7 +218,7 @@ class LoadsAnywhere:
         """transformers asks for it after loading by ``auto_map``, and would save a copy of this file from then on. Nothing to do."""
 
 
-def _auto_classes(config: Any) -> tuple[type, type, type]:
+def _auto_classes(config: Any) -> tuple[Any, Any, Any]:
     return config, MODEL_MAPPING[config], MODEL_FOR_CAUSAL_LM_MAPPING[config]
 
 
