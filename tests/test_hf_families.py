@@ -188,3 +188,17 @@ def test_hybrid(name, own):
     assert copy.deepcopy(model)(ids).logits.equal(model(ids).logits)
     kinds = [type(getattr(layer, FAMILIES[name].attention)) for layer in gsa_ext.hf.families.attention_layers(model, FAMILIES[name])]
     assert kinds[1] is GSAAttention and kinds[0] is not GSAAttention
+
+
+@pytest.mark.parametrize("name, own", [pair for pair in MODELS if pair[0] in FIRST], ids=[i for i, (name, own) in zip(IDS, MODELS) if name in FIRST])
+def test_lora(name, own):
+    """Adapters on the projections, under the family's own names, and the gate beside them: merged, the same model."""
+    peft = pytest.importorskip("peft")
+    from gsa_ext.hf.train import lora_config
+    model, ids = converted(name, own, "paper"), tokens()
+    adapted = peft.get_peft_model(model, lora_config(model, r=2, init_lora_weights=False)).eval()
+    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert any("f_proj" in name for name in trained) and any("g_norm" in name for name in trained) and any("lora_A" in name for name in trained)
+    with torch.no_grad():
+        want = adapted(input_ids=ids).logits
+        close(adapted.merge_and_unload()(ids).logits, want)

@@ -378,6 +378,7 @@ def gsa_classes(model_type: str) -> tuple[type, type, type]:
             """As that of the models."""
 
     Config.model_type = f"gsa_{model_type}"
+    Config.base_model_tp_plan = None                                         # the original's would split heads that f_proj knows nothing of
     names = [f"Gsa{base.__name__}" for base in (config_base, model_base, lm_base)]
     members = {"__module__": __name__, "config_class": Config}
     classes: tuple[type, type, type] = (
