@@ -92,6 +92,74 @@ def test_killed_and_resumed(own, finished, tmp_path, capsys):
     assert ours == want
 
 
+def test_stages(own, tmp_path, monkeypatch, capsys):
+    """transfer, lora, full from a YAML file; SIGTERM in the second one, then --resume to what would have come out."""
+    pytest.importorskip("peft")
+    config = tmp_path / "run.yaml"
+    config.write_text(f"model: {own}/model\ndata: {own}/data.jsonl\ntext_column: body\nstages: [transfer, lora, full]\ntransfer-steps: 4\nsteps: 5\n"
+                      "num_slots: 8\nwindow: 4\nseq_len: 32\nbatch_size: 4\nmax_new_tokens: 8\nlr: 5e-3\ndevice: cpu\n")
+    assert main(["t2r", "--config", str(config), "--output", str(tmp_path / "whole")]) == 0
+    plan = capsys.readouterr().out
+    assert "2 of 2 become GSA" in plan and "transfer    4 steps of 128 tokens" in plan and "beside a window of 4 tokens" in plan
+    whole = json.loads((tmp_path / "whole" / "report.json").read_text())
+    assert [row["step"] for row in whole["history"]["converted"] if "loss" in row] == list(range(1, 11))
+    transfer = [row["loss"] for row in whole["history"]["transfer"] if "loss" in row]
+    assert len(transfer) == 4 and transfer[-1] < transfer[0]
+
+    served = []
+    real = Blocks.__getitem__
+
+    def read(self, i):
+        served.append(i)
+        if (tmp_path / "cut" / "lora").is_dir() and "sent" not in served and list((tmp_path / "cut" / "lora").glob("checkpoint-*/complete")):
+            served.append("sent")
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, i)
+
+    monkeypatch.setattr(Blocks, "__getitem__", read)
+    assert main(["t2r", "--config", str(config), "--output", str(tmp_path / "cut")]) == 130
+    assert "saving a checkpoint" in capsys.readouterr().err and "sent" in served and not (tmp_path / "cut" / "finetune").exists()
+    assert list((tmp_path / "cut" / "lora").glob("checkpoint-*/complete")) and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert main(["t2r", "--output", str(tmp_path / "cut"), "--resume"]) == 0
+    cut = json.loads((tmp_path / "cut" / "report.json").read_text())
+    assert cut["bits_per_byte"] == whole["bits_per_byte"]
+    assert (tmp_path / "cut" / "model" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model" / "model.safetensors").read_bytes()
+
+    for text, message in (("stages: [warmup]", "--stages"), ("step: 3", "no option step"), ("steps: many", "expected int"), ("steps", "expected options"),
+                          ("steps: [", "cannot be read")):
+        config.write_text(text)
+        assert main(["t2r", "--config", str(config), "--output", str(tmp_path / "new")]) == 2 and message in capsys.readouterr().err
+    assert main(["t2r", "--config", str(tmp_path / "none.yaml")]) == 2
+
+
+def test_convert_and_eval(own, tmp_path, capsys):
+    model, output = str(own / "model"), str(tmp_path / "converted")
+    assert main(["convert", model, output, "--preset", "liger", "--layers", "1", "--num-slots", "8", "--window", "8", "--mix", "learned"]) == 0
+    assert "1 of 2 layers converted (liger), 4 new parameters" in capsys.readouterr().out
+    saved = AutoModelForCausalLM.from_pretrained(output).config.gsa["layers"]
+    assert saved.keys() == {"1"} and saved["1"]["window"] == 8 and saved["1"]["mix"] == "learned"
+
+    numbers = tmp_path / "numbers.json"
+    text = ["--data", str(own / "data.jsonl"), "--text-column", "body", "--seq-len", "100", "--examples", "6", "--device", "cpu"]
+    assert main(["eval", output, "--against", model, *text, "--json", str(numbers)]) == 0
+    shown, found = capsys.readouterr().out, json.loads(numbers.read_text())
+    ours, original = found["models"][output], found["models"][model]
+    assert "bits per byte" in shown and "the same 64 tokens later" in shown
+    assert list(ours["perplexity"]) == ["0-15", "16-63", "64-98"] and list(ours["copy"]) == ["16", "64"]
+    blocks = Blocks(user_text(str(own / "data.jsonl"), "body", byte_tokenizer(), 4 * 6 * 100)[0], 100).first(6)
+    ids = torch.stack([blocks[i]["input_ids"] for i in range(6)])
+    with torch.no_grad():
+        loss = LlamaForCausalLM.from_pretrained(model)(ids, labels=ids).loss.item()
+    assert abs(original["bits_per_byte"] * found["bytes_per_token"] - loss / 0.6931472) < 1e-3 and ours["bits_per_byte"] != original["bits_per_byte"]
+
+    for given, message in ((["convert", model, output], "is there already"), (["convert", str(tmp_path / "none"), str(tmp_path / "x")], "no such directory"),
+                           (["convert", model, str(tmp_path / "x"), "--mix", "half"], "--mix"),
+                           (["convert", model, str(tmp_path / "x"), "--window", "0"], "window"),
+                           (["convert", output, str(tmp_path / "x")], "GSA layer already"), (["eval", model, *text, "--seq-len", "9"], "--seq-len"),
+                           (["eval", model, "--data", str(tmp_path / "none.txt")], "no such file"), (["eval", str(tmp_path), *text], "cannot be loaded")):
+        assert main(given) == 2 and message in capsys.readouterr().err, given
+
+
 def test_embedded_default(tmp_path, device, capsys):
     """No model, no data: the teacher is trained once, the second run finds it."""
     options = ["--cache-dir", str(tmp_path / "cache"), "--steps", "6", "--teacher-steps", "6", "--device", device.type, *SMALL]

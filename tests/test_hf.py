@@ -3,6 +3,9 @@
 import copy
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ import gsa_ext.hf
 from gsa_ext.hf import GSAAttention, cache_bytes, convert
 from gsa_ext.reference import naive_gsa
 
-CASES = [("t2r", "all"), ("paper", "all"), ("t2r", [0, 2]), ("paper", [1])]
+CASES = [("t2r", "all"), ("paper", "all"), ("t2r", [0, 2]), ("paper", [1]), ("liger", "all"), ("liger", [1])]
 VOCAB, T = 89, 29
 
 
@@ -30,10 +33,10 @@ def llama(device="cpu"):
 def converted(preset, layers, device="cpu", **options):
     model = llama(device)
     torch.manual_seed(1)
-    assert convert(model, preset, layers, **{"num_slots": 12, **options}) is model
+    assert convert(model, preset, layers, **{"num_slots": 12, **({"window": 5} if preset == "liger" else {}), **options}) is model
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, GSAAttention):
+            if isinstance(module, GSAAttention) and module.f_proj is not None:
                 module.f_proj.weight.normal_(0, 0.5)                   # gates that depend on the data
     return model
 
@@ -68,6 +71,73 @@ def test_attention_is_the_recurrence(device):
                 assert layer.settings["scale"] == 1.0 and layer.f_proj.bias is None
                 o = torch.nn.functional.rms_norm(torch.nn.functional.silu(o), (32,), layer.g_norm.weight, 1e-5)
             close(layer(x, position_embeddings=rotary)[0], layer.o_proj(o))
+
+
+@pytest.mark.parametrize("slots", [8, 12, 3, 16])
+def test_liger_is_the_recurrence_and_a_window(slots, device):
+    """Once more with loops: raw q, k, v and gates from the keys, beside softmax attention to rotated keys of the last five tokens."""
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    model = converted("liger", "all", device, num_slots=slots, mix="learned" if slots == 3 else 0.5)
+    layer = model.model.layers[1].self_attn
+    x = torch.randn(2, T, 32, device=device)
+    rotary = model.model.rotary_emb(x, torch.arange(T, device=device)[None])
+    with torch.no_grad():
+        if slots == 3:
+            layer.window_mix.weight.normal_()
+        q, k, v = (p(x).unflatten(-1, (-1, 8)) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+        mean = torch.stack([k[..., m * 8 // slots:-(-(m + 1) * 8 // slots)].mean(-1) for m in range(slots)], -1)
+        o = naive_gsa(q, k, v, None, torch.nn.functional.logsigmoid(mean) / 16, scale=1.0)[0]
+        q, k = apply_rotary_pos_emb(q, k, *rotary, unsqueeze_dim=2)
+        k, v = k.repeat_interleave(2, 2), v.repeat_interleave(2, 2)
+        beside = torch.empty_like(o)
+        for t in range(T):
+            p = torch.einsum("bhd,bjhd->bhj", q[:, t], k[:, max(0, t - 4):t + 1]).mul(8 ** -0.5).softmax(-1)
+            beside[:, t] = torch.einsum("bhj,bjhd->bhd", p, v[:, max(0, t - 4):t + 1])
+        share = layer.window_mix.weight.sigmoid()[:, None] if slots == 3 else 0.5
+        close(layer(x, position_embeddings=rotary)[0], layer.o_proj((share * beside + (1 - share) * o).flatten(-2)))
+
+
+def test_window_forgets(device):
+    """With the window alone (mix 1) nothing older than the layers' windows together reaches the logits; a pad is not a token of the window."""
+    model, ids = converted("liger", "all", device, mix=1.0), tokens(device)
+    other = ids.clone()
+    other[:, :T - 13] = 1
+    with torch.no_grad():
+        want = model(ids).logits
+        assert (model(other).logits[:, -1] - want[:, -1]).abs().max() < 1e-5 < (model(other).logits[:, -2] - want[:, -2]).abs().max()
+        holes = torch.cat([ids[:, :9], torch.zeros_like(ids[:, :4]), ids[:, 9:]], 1)
+        mask, positions = (holes > 0).long(), torch.cat([torch.arange(9), torch.zeros(4, dtype=torch.long), torch.arange(9, T)]).to(device)
+        got = model(holes, attention_mask=mask, position_ids=positions.expand(2, -1)).logits
+        close(torch.cat([got[:, :9], got[:, 13:]], 1), want)
+        cache = model(holes[:, :12], attention_mask=mask[:, :12], use_cache=True, position_ids=positions[None, :12].expand(2, -1)).past_key_values
+        parts = [model(holes[:, t:t + 1], attention_mask=mask[:, :t + 1], past_key_values=cache, position_ids=positions[None, t:t + 1].expand(2, -1)).logits
+                 for t in range(12, T + 4)]
+        close(torch.cat(parts[1:], 1), want[:, 9:])
+
+
+@pytest.mark.parametrize("options", [{"preset": "t2r", "window": 3, "mix": "learned"}, {"preset": "t2r", "window": 40, "mix": 0.25, "gate": "key"},
+                                     {"preset": "liger", "gate": "proj", "rope": "keep", "window": 1}, {"preset": "paper", "gate": "key"}])
+def test_options(options, device, tmp_path):
+    """Hybrids inside a layer, and gates by another preset's means, in training, decoding and on disk."""
+    model, ids = llama(device), tokens(device)
+    torch.manual_seed(2)
+    convert(model, num_slots=6, **options)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, GSAAttention) and module.window_mix is not None:
+                assert (module.window_mix.weight == 0).all()
+                module.window_mix.weight.normal_()
+        want, cache, parts = model(ids).logits, DynamicCache(), []
+        for a, b in ((0, 1), (1, 2), (2, 13), (13, T)):
+            parts.append(model(ids[:, a:b], past_key_values=cache).logits)
+        close(torch.cat(parts, 1), want)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).to(device)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, want)
+    model.train()(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in model.parameters())
 
 
 def test_first_half_lives():
@@ -223,6 +293,32 @@ def test_save_and_load(preset, layers, device, tmp_path):
         assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
 
 
+def test_loads_without_import(tmp_path):
+    """A tool that never imports gsa_ext loads saved models with trust_remote_code=True, and saves them again just so."""
+    config = gsa_ext.hf.GSAConfig(hidden_size=32, num_hidden_layers=1, num_slots=6, vocab_size=VOCAB, intermediate_size=40)
+    models = {"converted": converted("liger", [0, 2]), "gsa": gsa_ext.hf.GSAForCausalLM(config).eval()}
+    script = """
+import sys, torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+assert "gsa_ext" not in sys.modules
+for name in sys.argv[2:]:
+    folder = f"{sys.argv[1]}/{name}"
+    assert AutoConfig.from_pretrained(folder, trust_remote_code=True).model_type.startswith("gsa")
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    torch.save(model(torch.arange(1, 20)[None]).logits.detach(), folder + ".pt")
+    model.save_pretrained(folder + "-again")
+    AutoModel.from_pretrained(folder + "-again", trust_remote_code=True)
+"""
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", script, str(tmp_path), *models], check=True, env=environment, cwd=tmp_path)
+    for name, model in models.items():
+        assert torch.equal(torch.load(tmp_path / f"{name}.pt"), model(torch.arange(1, 20)[None]).logits)
+        first, second = ({p.name: p.read_text() for p in (tmp_path / folder).iterdir() if p.suffix in (".py", ".json")} for folder in (name, name + "-again"))
+        assert first == second and "modeling_gsa_ext.py" in first
+
+
 def test_missing_gate_is_initialised(tmp_path):
     """A checkpoint without f_proj gets a fresh one as convert makes it, not transformers' own idea."""
     model = llama()
@@ -282,13 +378,14 @@ def test_conversion_in_place(device):
 def test_refusals():
     model = llama()
     for arguments, error, match in (
-        ({"preset": "rwkv"}, ValueError, "preset"), ({"preset": "liger"}, NotImplementedError, "liger"), ({"layers": "some"}, ValueError, "layers"),
+        ({"preset": "rwkv"}, ValueError, "preset"), ({"preset": None}, ValueError, "preset"), ({"layers": "some"}, ValueError, "layers"),
         ({"layers": [3]}, ValueError, "layers"), ({"layers": []}, ValueError, "layers"),
         ({"layers": [0, -3]}, ValueError, "layers"), ({"layers": [1.0]}, TypeError, "layers"),
         ({"num_slots": 0}, ValueError, "num_slots"), ({"num_slots": "many"}, TypeError, "num_slots"), ({"rope": "yes"}, ValueError, "rope"),
         ({"scale": -1.0}, ValueError, "scale"), ({"scale": "big"}, TypeError, "scale"),
-        ({"gate": "key"}, NotImplementedError, "gate"), ({"gate": "none"}, ValueError, "gate"),
-        ({"window": 64}, ValueError, "window"), ({"slots": 3}, TypeError, "slots"),
+        ({"gate": "none"}, ValueError, "gate"), ({"gate": 3}, TypeError, "gate"), ({"slots": 3}, TypeError, "slots"),
+        ({"preset": "paper", "window": 64}, ValueError, "window"), ({"window": 0}, ValueError, "window"), ({"window": 4.0}, TypeError, "window"),
+        ({"mix": 0.5}, ValueError, "mix"), ({"window": 4, "mix": 0.0}, ValueError, "mix"), ({"preset": "liger", "mix": "half"}, TypeError, "mix"),
     ):
         before = {name: id(p) for name, p in model.named_parameters()}
         with pytest.raises(error, match=match):
@@ -301,6 +398,14 @@ def test_refusals():
     from transformers import GPT2Config, GPT2LMHeadModel
     with pytest.raises(ValueError, match="gpt2"):
         convert(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=5)))
+    from transformers import BertConfig, BertForMaskedLM, BloomConfig, BloomForCausalLM, Gemma2Config, Gemma2ForCausalLM
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 5, "intermediate_size": 8}
+    with pytest.raises(ValueError, match="ALiBi"):
+        convert(BloomForCausalLM(BloomConfig(hidden_size=8, n_layer=1, n_head=1, vocab_size=5)))
+    with pytest.raises(ValueError, match="encoder"):
+        convert(BertForMaskedLM(BertConfig(**small)))
+    with pytest.raises(ValueError, match="softcapping=None"):
+        convert(Gemma2ForCausalLM(Gemma2Config(**small, num_key_value_heads=1, head_dim=8)))
     convert(model, layers=[1])
     with pytest.raises(ValueError, match="layer 1 is a GSA layer already"):
         convert(model)
@@ -326,6 +431,43 @@ def test_meta_and_dtypes(device):
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16} and {p.device.type for p in half.parameters()} == {device.type}
     out = half(tokens(device), use_cache=True)
     assert out.logits.dtype == torch.bfloat16 and out.logits.isfinite().all() and out.past_key_values.layers[0].slots[0].dtype == torch.float32
+
+
+class Int8Linear(torch.nn.Module):
+    """What quantisation libraries put in a Linear's place: a weight of integers, a scale beside it."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.scale = torch.nn.Buffer(linear.weight.detach().float().abs().amax(1, keepdim=True) / 127)
+        self.weight = torch.nn.Parameter((linear.weight.detach().float() / self.scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, (self.weight * self.scale).to(x.dtype))
+
+
+def test_quantised_linear():
+    model, ids = llama().to(torch.bfloat16), tokens("cpu")
+    for layer in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(layer.self_attn, name, Int8Linear(getattr(layer.self_attn, name)))
+    kept = model.model.layers[0].self_attn.q_proj
+    convert(model, num_slots=8)
+    layer = model.model.layers[0].self_attn
+    assert layer.q_proj is kept and layer.f_proj.weight.dtype == torch.bfloat16
+    model.train()(ids, labels=ids).loss.backward()
+    assert layer.f_proj.weight.grad.isfinite().all()
+    assert model.eval().generate(ids, max_new_tokens=3, do_sample=False).shape == (2, T + 3)
+
+
+def test_tied_embeddings(tmp_path):
+    config = llama().config
+    config.tie_word_embeddings = True
+    model, ids = LlamaForCausalLM(config).eval(), tokens("cpu")
+    convert(model, num_slots=8)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.lm_head.weight is again.model.embed_tokens.weight and torch.equal(again(ids).logits, model(ids).logits)
 
 
 def test_pickle_and_copy():

@@ -8,7 +8,7 @@ import sys
 
 from gsa_ext import _load
 
-COMMANDS = ("info", "verify", "bench", "t2r", "generate")
+COMMANDS = ("info", "verify", "bench", "t2r", "convert", "eval", "generate")
 
 
 def main(argv: list[str] | None = None) -> int:

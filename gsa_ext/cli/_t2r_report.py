@@ -135,7 +135,8 @@ def _markdown(report: dict[str, Any]) -> str:
     lines = [
         "# From softmax attention to Gated Slot Attention", "",
         f"{model['what']}: {model['parameters'] / 1e6:.2f} M parameters, {model['converted_layers']} of {model['layers']} "
-        f"layers converted (preset {settings['preset']}, {model['num_slots']} slots), then trained for {settings['steps']} steps "
+        f"layers converted (preset {settings['preset']}, {model['num_slots']} slots), then trained: {settings['stages']}, {settings['steps']} steps each"
+        f"{', transfer ' + str(settings['transfer_steps']) if 'transfer' in settings['stages'] else ''} "
         f"({report['tokens']['finetune'] / 1e6:.2f} M tokens).", "",
         "| held-out text | bits per byte |", "|---|---|",
         f"| teacher, softmax attention | {bits['teacher']:.3f} |",

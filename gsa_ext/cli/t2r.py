@@ -13,7 +13,9 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -37,7 +39,11 @@ class Settings:
     preset: str = "t2r"
     layers: str = "all"
     num_slots: int | None = None
+    gate: str | None = None
     rope: str | None = None
+    window: int | None = None
+    stages: str = "full"
+    transfer_steps: int = 100
     steps: int = 250
     teacher_steps: int = 500
     seq_len: int = 256
@@ -52,17 +58,24 @@ class Settings:
 
 
 OWN_MODEL: dict[str, Any] = {"steps": 1000, "seq_len": 1024, "batch_size": 4, "lr": 1e-4}           # other defaults with --model
+KINDS: dict[str, Any] = dict.fromkeys(
+    ("num_slots", "window", "transfer_steps", "steps", "teacher_steps", "seq_len", "batch_size", "seed", "max_new_tokens"), int) | {"lr": float}
+STAGES = ("transfer", "lora", "full")
 TEACHER_LR = 3e-3
 EVAL_BLOCKS = 96
 HELP = {
     "model": "a causal language model: directory or hub id (default: a small one, trained here once)",
     "data": "text to train on: file or directory (.txt, .md, .py, .jsonl, .json, .parquet) or hub id of a data set",
     "text_column": "column of the data that holds the text (default: text)",
-    "preset": "how to convert: t2r or paper",
+    "preset": "how to convert: t2r, paper or liger",
     "layers": "layers to convert: all, or indices such as 0,1,3",
     "num_slots": "memory slots per key/value head (default: the preset's)",
+    "gate": "proj, a new projection, or key, the keys themselves (default: the preset's)",
     "rope": "keep or drop the rotary position embedding (default: the preset's)",
-    "steps": "optimizer steps after the conversion",
+    "window": "tokens of a softmax window beside the slots (default: the preset's)",
+    "stages": "what to train, in this order, of transfer (the new parameters, towards each layer's softmax attention), lora, full; such as transfer,lora",
+    "transfer_steps": "optimizer steps of the stage transfer",
+    "steps": "optimizer steps of each of the stages lora and full",
     "teacher_steps": "optimizer steps of the embedded teacher",
     "seq_len": "tokens per training example",
     "batch_size": "training examples per step",
@@ -79,11 +92,11 @@ HELP = {
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("t2r", help="turn a Transformer into a GSA model: convert, finetune, compare, generate", description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds: dict[str, Any] = dict.fromkeys(("num_slots", "steps", "teacher_steps", "seq_len", "batch_size", "seed", "max_new_tokens"), int) | {"lr": float}
     for field in fields(Settings):
         own = f"; with --model: {OWN_MODEL[field.name]}" if field.name in OWN_MODEL else ""
         default = "" if field.default is None else f" (default: {field.default}{own})"
-        parser.add_argument("--" + field.name.replace("_", "-"), dest=field.name, type=kinds.get(field.name, str), help=HELP[field.name] + default)
+        parser.add_argument("--" + field.name.replace("_", "-"), dest=field.name, type=KINDS.get(field.name, str), help=HELP[field.name] + default)
+    parser.add_argument("--config", metavar="FILE", help="a YAML file of these options, such as num_slots: 64; options given here count more")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output, from its last checkpoint, to the result it would have had")
     parser.add_argument("--overwrite", action="store_true", help="delete what is in --output first")
 
@@ -96,6 +109,8 @@ def run(args: argparse.Namespace) -> int:
         return 2
     from gsa_ext.cli._t2r_data import BadInput
 
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main_thread else None
     try:
         settings = _settings(args)
         _run(settings, args.resume)
@@ -109,13 +124,17 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("\ngsa-ext t2r: interrupted. --resume goes on from the last checkpoint.", file=sys.stderr)
         return 130
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _settings(args: argparse.Namespace) -> Settings:
     """The settings of this run: defaults, what was given, and with --resume what the run was started with."""
     from gsa_ext.cli._t2r_data import BadInput
 
-    given = {f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name, None) is not None}
+    given = _from_file(args.config) if args.config else {}
+    given |= {f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name, None) is not None}
     defaults = Settings(**(OWN_MODEL if "model" in given else {}))
     settings = replace(defaults, **given)
     output = Path(settings.output)
@@ -138,7 +157,12 @@ def _settings(args: argparse.Namespace) -> Settings:
 
     if (settings.model is None) != (settings.data is None):
         raise BadInput("--model and --data belong together: give both, or neither for the embedded default")
-    for name in ("steps", "teacher_steps", "batch_size", "max_new_tokens"):
+    stages = settings.stages.split(",")
+    if any(stage not in STAGES for stage in stages) or len(set(stages)) < len(stages):
+        raise BadInput(f"--stages: expected some of {', '.join(STAGES)}, each once, with commas between, given {settings.stages!r}")
+    if "lora" in stages and importlib.util.find_spec("peft") is None:
+        raise BadInput("--stages lora: needs peft: pip install peft")
+    for name in ("transfer_steps", "steps", "teacher_steps", "batch_size", "max_new_tokens"):
         if getattr(settings, name) < 1:
             raise BadInput(f"{_flag(name)}: expected at least 1, given {getattr(settings, name)}")
     if settings.seq_len < 2:
@@ -154,6 +178,31 @@ def _settings(args: argparse.Namespace) -> Settings:
     return settings
 
 
+def _from_file(name: str) -> dict[str, Any]:
+    """The options in a YAML file."""
+    import yaml  # transformers needs it, too
+
+    from gsa_ext.cli._t2r_data import BadInput, _first_line
+
+    try:
+        found = yaml.safe_load(Path(name).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BadInput(f"--config {name}: cannot be read: {_first_line(error)}") from error
+    if not isinstance(found, dict):
+        raise BadInput(f"--config {name}: expected options, one to a line, such as steps: 100")
+    known = {field.name for field in fields(Settings)}
+    given = {}
+    for key, value in found.items():
+        option = str(key).replace("-", "_")
+        if option not in known:
+            raise BadInput(f"--config {name}: there is no option {key}")
+        try:
+            given[option] = KINDS.get(option, str)(",".join(map(str, value)) if isinstance(value, list) else value)
+        except (TypeError, ValueError):
+            raise BadInput(f"--config {name}: {key}: expected {KINDS[option].__name__}, given {value!r}") from None
+    return given
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -165,6 +214,7 @@ def _run(settings: Settings, resume: bool) -> None:
     import gsa_ext.hf
     from gsa_ext.cli import _t2r_data as data
     from gsa_ext.cli import _t2r_report as report
+    from gsa_ext.hf.train import lora_config, new_parameters, train_only
 
     transformers.utils.logging.disable_progress_bar()                    # of loading and saving; training has its own
     transformers.logging.set_verbosity_error()
@@ -177,7 +227,7 @@ def _run(settings: Settings, resume: bool) -> None:
         _write(output / CONFIG, json.dumps(asdict(settings), indent=2) + "\n")
 
     # 1. the teacher and its text
-    history: dict[str, list[dict[str, Any]]] = {"teacher": [], "converted": []}
+    history: dict[str, list[dict[str, Any]]] = {"teacher": [], "transfer": [], "converted": []}
     if settings.model is None:
         print("Reading the Python sources of this machine ...", flush=True)
         train_tokens, held_tokens = data.python_sources()
@@ -222,15 +272,35 @@ def _run(settings: Settings, resume: bool) -> None:
     # 3. conversion
     transformers.set_seed(settings.seed)
     try:
-        gsa_ext.hf.convert(model, settings.preset, layers, num_slots=settings.num_slots, rope=settings.rope)
+        gsa_ext.hf.convert(model, settings.preset, layers, num_slots=settings.num_slots, gate=settings.gate, rope=settings.rope, window=settings.window)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise data.BadInput(str(error)) from error
+    new = new_parameters(model)
+    stages = [stage for stage in settings.stages.split(",") if stage != "transfer" or new]
+    _print_plan(model, settings, stages, new)
     measured["converted"] = bits(model, "converted, held-out")
     print(f"Converted ({settings.preset}): {measured['converted']:.3f} bits per byte before any training", flush=True)
 
-    # 4. finetuning
+    # 4. training, stage by stage
     clock = time.perf_counter()
-    history["converted"] = _train(model, train, held, tokenizer, settings, output / "finetune", settings.steps, settings.lr, device, resume)
+    for stage in stages:
+        if stage == "transfer":
+            train_only(model, new)
+            history["transfer"] = _train(
+                model, train, held, tokenizer, settings, output / "transfer", settings.transfer_steps, settings.lr, device, resume, transfer=True)
+            train_only(model)
+            continue
+        done = settings.steps if history["converted"] else 0
+        if stage == "lora":
+            from peft import get_peft_model
+
+            adapted = get_peft_model(model, lora_config(model))
+            log = _train(adapted, train, held, tokenizer, settings, output / "lora", settings.steps, settings.lr, device, resume)
+            model = adapted.merge_and_unload()
+            train_only(model)
+        else:
+            log = _train(model, train, held, tokenizer, settings, output / "finetune", settings.steps, settings.lr, device, resume)
+        history["converted"] += [{**row, "step": row["step"] + done} for row in log]
     seconds["finetuning"] = time.perf_counter() - clock
     model.save_pretrained(output / "model")
     tokenizer.save_pretrained(output / "model")
@@ -249,7 +319,8 @@ def _run(settings: Settings, resume: bool) -> None:
         "model": {"what": what, "parameters": model.num_parameters(), "layers": model.config.num_hidden_layers, "converted_layers": len(converted),
                   "num_slots": next(iter(converted.values()))["num_slots"]},
         "bits_per_byte": measured, "bytes_per_token": bytes_per_token,
-        "tokens": {"finetune": settings.steps * settings.batch_size * settings.seq_len,
+        "tokens": {"finetune": (settings.steps * sum(stage != "transfer" for stage in stages) + settings.transfer_steps * ("transfer" in stages))
+                   * settings.batch_size * settings.seq_len,
                    "teacher": 0 if settings.model else settings.teacher_steps * settings.batch_size * settings.seq_len},
         "generation": report.generation_rows(softmax_cost, gsa_cost, [64 * settings.seq_len, 256 * settings.seq_len]),
         "sample": samples, "history": history, "seconds": seconds, "environment": report.environment(device),
@@ -327,13 +398,72 @@ def _embedded_teacher(settings: Settings, train: Blocks, held: Blocks, tokenizer
     return place
 
 
+def _print_plan(model: Any, settings: Settings, stages: list[str], new: dict[str, Any]) -> None:
+    """What is going to be trained, and what it takes."""
+    layers = model.config.gsa["layers"]
+    one = next(iter(layers.values()))
+    beside = "" if one["window"] is None else f", beside a window of {one['window']} tokens"
+    total, fresh = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in new.values())
+    print(f"Plan:\n  layers      {len(layers)} of {model.config.num_hidden_layers} become GSA: preset {settings.preset}, {one['num_slots']} slots, "
+          f"gate {one['gate']}, rope {one['rope']}{beside}\n  parameters  {total:,}, {fresh:,} of them new")
+    tokens = settings.batch_size * settings.seq_len
+    for stage in stages:
+        steps = settings.transfer_steps if stage == "transfer" else settings.steps
+        trained = {"transfer": f"{fresh:,} parameters", "lora": f"adapters on q, k, v and {fresh:,} parameters", "full": f"{total:,} parameters"}[stage]
+        print(f"  {stage:<11} {steps:,} steps of {tokens:,} tokens, training {trained}")
+    trained_most = total if "full" in stages else fresh
+    print(f"  memory      at least {(4 * total + 12 * trained_most) / 2 ** 30:.2f} GiB (fp32 weights; gradients and two AdamW moments of what is trained) "
+          "and the activations of a batch", flush=True)
+
+
+class _Stop:
+    """SIGINT and SIGTERM while training: the step is ended, and saved. A second one stops at once."""
+
+    signal = 0
+
+    def __enter__(self) -> _Stop:
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+        print("\ngsa-ext t2r: saving a checkpoint, then stopping (once more: stop at once) ...", file=sys.stderr, flush=True)
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
 def _train(
-    model: Any, train: Blocks, held: Blocks, tokenizer: Any, settings: Settings, folder: Path, steps: int, lr: float, device: Any, resume: bool
+    model: Any, train: Blocks, held: Blocks, tokenizer: Any, settings: Settings, folder: Path, steps: int, lr: float, device: Any, resume: bool,
+    transfer: bool = False,
 ) -> list[dict[str, Any]]:
-    """Trains with the Trainer of transformers, in ``folder``; returns its log. With ``resume``, from the last whole checkpoint, to the same result."""
+    """Trains with the Trainer of transformers, in ``folder``; returns its log. With ``resume``, from the last whole checkpoint, to the same result.
+    With ``transfer``, towards the softmax attention of each layer instead of the text."""
+    import torch
     import transformers
 
+    from gsa_ext.hf.train import transfer_loss
+
+    stop = _Stop()
+
+    class Trainer(transformers.Trainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+            if not transfer:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                loss = transfer_loss(model, relative=True, **inputs)
+            return (loss, {}) if return_outputs else loss
+
     class MarkComplete(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if stop.signal:
+                control.should_save = control.should_training_stop = True
+
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
@@ -343,6 +473,9 @@ def _train(
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             shown.update({name: f"{float(logs[key]):.3f}" for key, name in (("loss", "loss"), ("eval_loss", "held-out")) if key in (logs or {})})
             if self.training_bar is not None:
+                rate = self.training_bar.format_dict["rate"]
+                if rate:
+                    shown["tokens/s"] = f"{rate * settings.batch_size * settings.seq_len:,.0f}"
                 self.training_bar.set_postfix(shown)
 
         def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
@@ -355,16 +488,19 @@ def _train(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=settings.batch_size, per_device_eval_batch_size=settings.batch_size,
         learning_rate=lr, lr_scheduler_type="cosine", warmup_steps=max(1, steps // 20), weight_decay=0.01, adam_beta2=0.95, max_grad_norm=1.0,
         logging_steps=every, logging_first_step=True, eval_strategy="steps", eval_steps=6 * every, save_steps=3 * every, save_total_limit=2,
-        prediction_loss_only=True, disable_tqdm=False,
+        prediction_loss_only=True, disable_tqdm=False, label_names=["labels"],
         bf16=device.type == "cuda", use_cpu=device.type == "cpu", seed=settings.seed, report_to="none", remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda")
     if arguments.n_gpu > 1:                                              # several GPUs are for torchrun, not for threads
         arguments._n_gpu = 1
-    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=train, eval_dataset=held, processing_class=tokenizer,
-                                   data_collator=transformers.default_data_collator, callbacks=[MarkComplete()])
+    trainer = Trainer(model=model, args=arguments, train_dataset=train, eval_dataset=held, processing_class=tokenizer,
+                      data_collator=transformers.default_data_collator, callbacks=[MarkComplete()])
     trainer.remove_callback(transformers.ProgressCallback)
     trainer.add_callback(Bar)
-    trainer.train(resume_from_checkpoint=_last_checkpoint(folder) if resume else None)
+    with stop:
+        trainer.train(resume_from_checkpoint=_last_checkpoint(folder) if resume else None)
+    if stop.signal:
+        raise KeyboardInterrupt
     model.config.use_cache = True                                        # the Trainer switches it off
     return trainer.state.log_history
 

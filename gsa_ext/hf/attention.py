@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from gsa_ext.hf.cache import GSACacheLayer
+from gsa_ext.hf.window import causal_attention, window_attention
 from gsa_ext.layer import RMSNorm, layer_state, log_gate, slot_attention
 
 if TYPE_CHECKING:
@@ -51,36 +53,67 @@ class GateProjection(nn.Linear):
             init.copy_(self.bias, bias.repeat(self.num_heads).to(self.bias.dtype))
 
 
+class WindowMix(nn.Module):
+    """``window_mix``: per query head the learned share that the window has in the output, half at the start. ``weight [num_heads]`` is its logit."""
+
+    def __init__(self, num_heads: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_heads, device=device, dtype=dtype))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        init.zeros_(self.weight)
+
+    def forward(self) -> Tensor:
+        return torch.sigmoid(self.weight)[:, None]
+
+
 class GSAAttention(nn.Module):
     """Gated Slot Attention in the place of a decoder layer's softmax attention.
 
-    The projections (and whatever else the family lists) are the very modules of the attention it replaces, under the same names; new are
-    ``f_proj``, the gate, and with ``settings["norm"]`` the output norm ``g_norm``. Attention dropout does not apply.
+    The projections (and the norms of q and k, where there are some) are the very modules of the attention it replaces, under the same names; new are
+    ``f_proj``, the gate (with ``gate="proj"``), ``g_norm``, the output norm (with ``norm``) and ``window_mix`` (with ``mix="learned"``).
+    Attention dropout does not apply.
 
     Args:
-        attention: the softmax attention module, left as it is.
+        layer: the decoder layer with the softmax attention; left as it is.
         settings: one layer's entry of ``config.gsa["layers"]``.
     """
 
-    def __init__(self, attention: nn.Module, family: Family, settings: dict[str, Any]) -> None:
+    def __init__(self, layer: nn.Module, family: Family, settings: dict[str, Any]) -> None:
         super().__init__()
+        attention: Any = getattr(layer, family.attention)
         config: Any = attention.config
         self.config, self.settings = config, settings
-        self.layer_idx: int = attention.layer_idx                        # type: ignore[assignment]
+        self.layer_idx: int = attention.layer_idx
         self.head_dim: int = family.head_dim(attention)
-        self.num_heads, self.num_kv_heads, self.num_slots = config.num_attention_heads, config.num_key_value_heads, settings["num_slots"]
+        self.num_heads, self.num_kv_heads = family.heads(config)
+        self.num_slots: int = settings["num_slots"]
         self.scale: float = settings["scale"]
+        self.window: int | None = settings.get("window")
+        self.softmax_scale: float = attention.scaling
+        self.softmax_window = family.window(attention)
+        self.rotates = family.rotates(attention)
         self._family = family
-        self._apply_rotary = getattr(sys.modules[type(attention).__module__], family.rotary)
-        for name in family.modules:
-            setattr(self, name, getattr(attention, name))
-        weight = getattr(self, family.modules[0]).weight
-        where = {"device": weight.device, "dtype": weight.dtype}
-        half_lives = settings["half_lives"] and tuple(settings["half_lives"])
-        self.f_proj = GateProjection(
-            config.hidden_size, self.num_kv_heads, self.num_slots, settings["gate_std"], settings["gate_spread"], half_lives, **where)
+        self.apply_rotary = getattr(sys.modules[type(attention).__module__], family.rotary)
+        for name in (*family.modules, *family.norms):
+            if hasattr(attention, name):
+                setattr(self, name, getattr(attention, name))
+        where = _place(getattr(getattr(attention, family.modules[0]), "weight", None), layer, config)
+        self.f_proj: GateProjection | None = None
+        if settings["gate"] == "proj":
+            half_lives = settings["half_lives"] and tuple(settings["half_lives"])
+            self.f_proj = GateProjection(
+                config.hidden_size, self.num_kv_heads, self.num_slots, settings["gate_std"], settings["gate_spread"], half_lives, **where)
         self.g_norm = RMSNorm(self.num_heads * self.head_dim, eps=1e-5, **where) if settings["norm"] else None
+        self.window_mix = WindowMix(self.num_heads, **where) if settings.get("mix") == "learned" else None
+        self.instead: Callable[..., Tensor] | None = None                # what training puts in the place of slots_output for a while
         self.train(attention.training)
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The names of the input projections."""
+        return self._family.modules[:-1]
 
     def forward(
         self,
@@ -89,22 +122,83 @@ class GSAAttention(nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         gsa_tokens: Tokens | None = None,
+        layer_past: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """hidden_states ``[B, T, hidden_size]`` -> ``([B, T, hidden_size], None)``. ``attention_mask``, which is between pairs of tokens, is not
-        used: padding and packing come in ``gsa_tokens``."""
-        mask, cu_seqlens = gsa_tokens or (None, None)
+        used: padding and packing come in ``gsa_tokens``. ``layer_past`` is another name for ``past_key_values``."""
+        tokens = getattr(self, "tokens", None) if gsa_tokens is None else gsa_tokens
+        past_key_values = layer_past if past_key_values is None else past_key_values
+        if self.instead is None:
+            return self.slots_output(hidden_states, position_embeddings, tokens, past_key_values), None
+        if past_key_values is not None:
+            raise ValueError("softmax attention in the place of GSA layers has no cache: pass use_cache=False")
+        return self.instead(hidden_states, position_embeddings, tokens), None
+
+    def slots_output(self, hidden_states: Tensor, position_embeddings: Any = None, tokens: Tokens | None = None, past_key_values: Any = None) -> Tensor:
+        """What this layer makes of ``hidden_states``: ``[B, T, hidden_size]``."""
+        mask, cu_seqlens = tokens or (None, None)
+        state = None if past_key_values is None else cast(GSACacheLayer, layer_state(past_key_values, self.layer_idx, GSACacheLayer))
         q, k, v = self._family.project(self, hidden_states)              # [B, T, heads, head_dim]
-        if self.settings["rope"] == "keep" and position_embeddings is not None:
-            q, k = self._apply_rotary(q, k, *position_embeddings, unsqueeze_dim=2)
+        g = log_gate(self._gate_logits(hidden_states, k), self.settings["gate_logit_normalizer"])
+        rotated = self._rotated(q, k, position_embeddings)
+
+        beside = None
+        if self.window is not None:
+            past = None if state is None else state.window
+            beside, kept = window_attention(
+                *rotated, v, self.window, self.softmax_scale, mask, past, cu_seqlens, keep=state is not None)      # type: ignore[misc]
+            if state is not None:
+                state.window = kept
+        if self.settings["rope"] == "keep":
+            q, k = rotated
         if self.settings["silu"]:
             q, k, v = F.silu(q), F.silu(k), F.silu(v)
-        g = log_gate(self.f_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.num_slots)), self.settings["gate_logit_normalizer"])
-        state = None if past_key_values is None else layer_state(past_key_values, self.layer_idx, GSACacheLayer)
-        o = slot_attention(q, k, v, g, self.scale, mask, state, cu_seqlens).flatten(-2)
+        o = slot_attention(q, k, v, g, self.scale, mask, state, cu_seqlens)
+        if beside is not None:
+            share = self.settings["mix"] if self.window_mix is None else self.window_mix()
+            o = share * beside + (1 - share) * o
+        o = o.flatten(-2)
         if self.g_norm is not None:
             o = self.g_norm(F.silu(o))
-        return getattr(self, self._family.output)(o), None
+        return getattr(self, self._family.output)(o)
+
+    def softmax_output(self, hidden_states: Tensor, position_embeddings: Any = None, tokens: Tokens | None = None) -> Tensor:
+        """What the softmax attention that was here makes of ``hidden_states``, with the projections as they are now: ``[B, T, hidden_size]``.
+        The target of attention transfer; time quadratic in T unless the model has a sliding window of its own."""
+        mask, cu_seqlens = tokens or (None, None)
+        q, k, v = self._family.project(self, hidden_states)
+        q, k = self._rotated(q, k, position_embeddings)
+        if self.softmax_window is not None and self.softmax_window < q.shape[1]:
+            o = window_attention(q, k, v, self.softmax_window, self.softmax_scale, mask, None, cu_seqlens)[0]
+        else:
+            o = causal_attention(q, k, v, self.softmax_scale, mask, cu_seqlens)
+        return getattr(self, self._family.output)(o.flatten(-2))
+
+    def _rotated(self, q: Tensor, k: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        return self._family.rotate(self, q, k, *position_embeddings) if self.rotates and position_embeddings is not None else (q, k)
+
+    def _gate_logits(self, x: Tensor, k: Tensor) -> Tensor:
+        """``[B, T, kv heads, slots]``."""
+        if self.f_proj is not None:
+            if self._family.input_norm is None:                          # the gate wants inputs of known size
+                x = F.rms_norm(x, x.shape[-1:])
+            return self.f_proj(x).unflatten(-1, (self.num_kv_heads, self.num_slots))
+        if self.num_slots == self.head_dim:
+            return k
+        return F.adaptive_avg_pool1d(k.flatten(0, 1), self.num_slots).unflatten(0, k.shape[:2])
 
     def extra_repr(self) -> str:
-        return f"heads={self.num_heads}/{self.num_kv_heads}, head_dim={self.head_dim}, num_slots={self.num_slots}"
+        beside = "" if self.window is None else f", window={self.window}"
+        return f"heads={self.num_heads}/{self.num_kv_heads}, head_dim={self.head_dim}, num_slots={self.num_slots}{beside}"
+
+
+def _place(weight: Any, layer: nn.Module, config: Any) -> dict[str, Any]:
+    """Device and dtype of new parameters: those of the projection ``weight`` or, where it is quantised, of the first norm in the decoder layer."""
+    candidates = [weight, *(p for name, p in layer.named_parameters() if "norm" in name), *layer.parameters()]
+    tensors = [x for x in candidates if isinstance(x, Tensor)]
+    for x in tensors:
+        if x.dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            return {"device": x.device, "dtype": x.dtype}
+    dtype = getattr(config, "dtype", None)
+    return {"device": tensors[0].device if tensors else None, "dtype": dtype if isinstance(dtype, torch.dtype) else None}

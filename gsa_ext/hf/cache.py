@@ -7,15 +7,33 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, StaticCache
 
+from gsa_ext.hf.window import WindowState
 from gsa_ext.layer import SlotState
 
 
 class GSACacheLayer(SlotState, CacheLayerMixin):
     """A GSA layer's place in a transformers ``Cache``. Installs itself at the first forward pass, whatever cache the caller made."""
 
+    window: WindowState | None                          # of layers that have a sliding window beside the slots
+
     def __init__(self, **kwargs: Any) -> None:
         CacheLayerMixin.__init__(self)
         SlotState.__init__(self)
+
+    def clear(self) -> None:
+        super().clear()
+        self.window = None
+
+    reset = clear
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + sum(x.numel() * x.element_size() for x in self.window or ())
+
+    def _over_batch(self, f: Any) -> None:
+        super()._over_batch(f)
+        if self.window is not None:
+            self.window = WindowState(*map(f, self.window))
 
     @property
     def is_initialized(self) -> bool:
