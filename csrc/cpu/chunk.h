@@ -156,9 +156,9 @@ template <class T> struct ForwardScratch : Tokens<T> {
   T *q, *kT;                           // [r][16][K], [K][16]
   T *x, *p, *o;                        // [r][16][16], [r][16][M], [r][16][V]
   ForwardScratch(Arena& m, const Shape<T>& d) {
-    this->take(m, d);
     m.take(Hk, int64_t(d.Kp + d.Vp) * d.Mp), Hv = Hk + int64_t(d.Kp) * d.Mp;
     m.take(q, d.r * TILE * d.Kp), m.take(kT, TILE * d.Kp);
+    this->take(m, d);
     m.take(x, d.r * TILE * TILE), m.take(p, d.r * TILE * d.Mp), m.take(o, d.r * TILE * d.Vp);
   }
 };
