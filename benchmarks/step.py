@@ -122,7 +122,7 @@ def step(shape: Shape, device: torch.device, peers: bool) -> dict[str, Any]:
         if not cuda:
             array = torch.ones(copied // 8)
             calls["in place"], per_call["in place"] = lambda turn: array.mul_(1.0), 1
-        ms = {name: value / per_call[name] for name, value in alternate(calls, cuda, 3.0).items()}
+        ms = {name: value / per_call[name] for name, value in alternate(calls, cuda, 1.5).items()}
     bandwidth = {name: copied / ms.pop(name) * 1e3 for name in ("copy", "in place") if name in ms}
     floor = {name: n / bandwidth["copy"] * 1e3 for name, n in nbytes.items() if name in ms}
     x = testing.make_inputs(min(B, 2), 20, HQ // H, 1, D, D, M, dtype=getattr(torch, dtype), device=device)

@@ -243,7 +243,9 @@ def test_step_bf16_inputs_fp32_state_over_a_sequence(device):
 
 # Sizes that take other ways through the CUDA kernel: one block and several per head, slices of unequal rows, more heads than go through together,
 # rows that are not a multiple of 16 bytes.
-STEPS = [(3, 3, 128, 128, 64), (14, 2, 512, 512, 64), (8, 2, 128, 128, 128), (5, 1, 300, 260, 100), (9, 1, 512, 512, 256), (3, 1, 33, 511, 255), (7, 1, 17, 33, 7)]
+STEPS = [
+    (3, 3, 128, 128, 64), (14, 2, 512, 512, 64), (8, 2, 128, 128, 128), (5, 1, 300, 260, 100), (9, 1, 512, 512, 256), (3, 1, 33, 511, 255), (7, 1, 17, 33, 7),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("HQ,H,K,V,M", STEPS)

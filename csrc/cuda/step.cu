@@ -28,7 +28,8 @@ namespace gsa::cuda {
 namespace {
 
 constexpr int kMaxSplit = 8;                               // what every GPU with clusters allows
-constexpr int64_t kBlockBytes = 64 * 1024;                 // of state for a block, where clusters make it possible
+// Bytes of state for a block, where clusters make it possible. Small blocks are quicker alone; with several heads to a group the exchange costs more.
+constexpr int64_t block_bytes(int heads) { return heads == 1 ? 32 * 1024 : 64 * 1024; }
 constexpr int kSlots = 8;                                  // of a lane in the softmax: M <= 256
 
 template <class T, int W>
@@ -72,11 +73,9 @@ struct Exchange {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(arrived + turn)), "r"(split * size * 4) : "memory");
   }
   __device__ void open() const {                           // one thread
-    for (int turn = 0; turn < 2; ++turn) {
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(arrived + turn)) : "memory");
-      expect(turn);
-    }
+    for (int turn = 0; turn < 2; ++turn) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(arrived + turn)) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    for (int turn = 0; turn < 2; ++turn) expect(turn);
   }
   // All threads; nobody sends before everybody is there.
   __device__ static void here(bool ordered) {              // ordered: and what was read before is read
@@ -404,7 +403,7 @@ bool device_has_clusters() {
 template <class T, int W, int HEADS, int ROWS, int STAGES, int THREADS, int BLOCKS>
 void run(const StepParams& p, bool clusters) {
   int split = 1;                                           // of the shape alone
-  while (clusters && split < kMaxSplit && int64_t(p.K + p.V) * p.M * int64_t(sizeof(T)) > split * kBlockBytes) split *= 2;
+  while (clusters && split < kMaxSplit && int64_t(p.K + p.V) * p.M * int64_t(sizeof(T)) > split * block_bytes(HEADS)) split *= 2;
   const int k_slice = ceil_div(p.K, split), v_slice = ceil_div(p.V, W * split) * W;
   const int64_t shared = int64_t(STAGES) * ROWS * THREADS * W * sizeof(T) + 2 * arena(p.M, 4) + arena(k_slice, 4) + arena(v_slice, 4) +
                          arena(HEADS * k_slice, 4) + arena(HEADS * p.M, 4) + arena(HEADS * W * THREADS, 4) +
@@ -433,10 +432,13 @@ void choose(const StepParams& p) {
   constexpr int W = 16 / sizeof(T);
   const bool clusters = device_has_clusters();
   const bool wide = p.M % W == 0 && p.V % W == 0 && (reinterpret_cast<uintptr_t>(p.hk) | reinterpret_cast<uintptr_t>(p.hv)) % 16 == 0;
-  constexpr int rows = sizeof(T) == 4 ? 4 : 2, stages = sizeof(T) == 4 ? 4 : 6;
-  if (wide && p.HQ == p.H) run<T, W, 1, rows, stages, 128, 5>(p, clusters);
-  else if (wide) run<T, W, 4, rows, stages, 128, 5>(p, clusters);
-  else run<T, 1, 4, 8, 3, 512, 1>(p, clusters);
+  constexpr bool fp32 = sizeof(T) == 4;
+  constexpr int rows = fp32 ? 4 : 2, stages = fp32 ? 4 : 6;
+  const int r = p.HQ / p.H;
+  if (!wide) run<T, 1, 4, 8, 3, 512, 1>(p, clusters);
+  else if (r == 1) run<T, W, 1, rows, stages, 128, 5>(p, clusters);
+  else if (r <= 4) run<T, W, 4, rows, stages, 128, 5>(p, clusters);
+  else run<T, W, 8, rows, fp32 ? 3 : 4, 128, 4>(p, clusters);
 }
 
 }  // namespace
