@@ -298,8 +298,8 @@ __device__ __noinline__ void decays_to_end(const Gates<Cfg>& gates, float* w_out
 // z[j][m] (+)= sum_{i > j} exp(G_i - G_j) (B_ij p_i + A1_ij do1_i) inside the block, exactly: z <- (z + ..._i) a_i from the last row down to j + 1.
 // a, b: the block's columns of A1 and B; prob, grad: its rows of p and do1.
 template <class Cfg>
-__device__ __noinline__ void keys_block(const Gates<Cfg>& gates, float* z_out, const float* a, const float* b, int ld, const float* prob,
-                                        const float* grad, int block, int begin, int end, bool add) {
+__device__ __noinline__ void keys_block(const Gates<Cfg>& gates, float* z_out, const float* a, const float* b, int ld, const float* prob, const float* grad,
+                                        int block, int begin, int end, bool add) {
   constexpr int ldz = KeysShared<Cfg>::ldz;
   __syncwarp();
   for (int m = begin + lane_id(); m < end; m += 32) {
@@ -320,13 +320,13 @@ __device__ __noinline__ void keys_block(const Gates<Cfg>& gates, float* z_out, c
 
 template <class Cfg>
 __global__ __launch_bounds__(KeysShared<Cfg>::threads, Cfg::blocks_per_sm) void backward_keys(const __grid_constant__ BackwardParams p,
-                                                                                  const __grid_constant__ Saved saved) {
+                                                                                              const __grid_constant__ Saved saved) {
   using E = typename Cfg::E;
   using A = Arith<E>;
   using X = typename Cfg::X;
   using Shared = KeysShared<Cfg>;
-  constexpr int C = Cfg::C, MP = Cfg::MP, MT = Cfg::MT / Cfg::keys_split, DS = Shared::DS, DT = DS / 8 / Cfg::keys_split, NB = Cfg::NB, ldd = Shared::ldd, lds = Cfg::lds, ldt = Shared::ldt,
-                ldr = Shared::ldr, ldu = Cfg::ldu, ldm = Cfg::ldm;
+  constexpr int C = Cfg::C, MP = Cfg::MP, MT = Cfg::MT / Cfg::keys_split, DS = Shared::DS, DT = DS / 8 / Cfg::keys_split, NB = Cfg::NB, ldd = Shared::ldd,
+                lds = Cfg::lds, ldt = Shared::ldt, ldr = Shared::ldr, ldu = Cfg::ldu, ldm = Cfg::ldm;
   constexpr int threads = Shared::threads;
   const int64_t head = blockIdx.x % p.H;
   const int r = p.HQ / p.H;
@@ -495,7 +495,8 @@ __global__ __launch_bounds__(KeysShared<Cfg>::threads, Cfg::blocks_per_sm) void 
       const int64_t triangle = (first_item + to_hq) * Packed<Cfg>::elements;
       Packed<Cfg>::template load_rows<threads>(s.a, ldr, saved.A1 + triangle, to_b);
       Packed<Cfg>::template load_rows<threads>(s.b, ldr, saved.B + triangle, to_b);
-      if constexpr (Shared::needs_products) load_matrix<threads, MP>(s.p, lds, saved.p + at * MP, 16), load_matrix<threads, MP>(s.d, lds, saved.do1 + at * MP, 16);
+      if constexpr (Shared::needs_products)
+        load_matrix<threads, MP>(s.p, lds, saved.p + at * MP, 16), load_matrix<threads, MP>(s.d, lds, saved.do1 + at * MP, 16);
       if (++to_hq == r) to_hq = 0, --to_b;
     }
     cp_async_commit();
@@ -588,7 +589,7 @@ __global__ __launch_bounds__(KeysShared<Cfg>::threads, Cfg::blocks_per_sm) void 
   const GateReader& reader = gates.reader;
   const bool coupled = !reader.s.ptr;
   const float* diagonals = saved.diagonals + first_item * 2 * C;
-  constexpr int elements = C * MP / (threads * 4), batch = elements % 4 == 0 ? 4 : elements % 2 == 0 ? 2 : 1;   // four slots each; loads of a batch go together
+  constexpr int elements = C * MP / (threads * 4), batch = elements % 4 == 0 ? 4 : elements % 2 == 0 ? 2 : 1;  // four slots each; loads of a batch go together
 #pragma unroll 1
   for (int x0 = threadIdx.x * 4; x0 < C * MP; x0 += threads * 4 * batch) {
     float4 rest[batch], row[batch];
@@ -609,8 +610,7 @@ __global__ __launch_bounds__(KeysShared<Cfg>::threads, Cfg::blocks_per_sm) void 
         l.x *= f.x, l.y *= f.y, l.z *= f.z, l.w *= f.w;
       }
       float4& sums = *reinterpret_cast<float4*>(sum_s + j * ldu + m);
-      if (!gates.slow[j / 16])
-        l.x = __fdividef(l.x, sums.x), l.y = __fdividef(l.y, sums.y), l.z = __fdividef(l.z, sums.z), l.w = __fdividef(l.w, sums.w);
+      if (!gates.slow[j / 16]) l.x = __fdividef(l.x, sums.x), l.y = __fdividef(l.y, sums.y), l.z = __fdividef(l.z, sums.z), l.w = __fdividef(l.w, sums.w);
       rest[k].x *= l.x, rest[k].y *= l.y, rest[k].z *= l.z, rest[k].w *= l.w;
       if (coupled)
 #pragma unroll
@@ -647,11 +647,11 @@ __global__ __launch_bounds__(KeysShared<Cfg>::threads, Cfg::blocks_per_sm) void 
   }
   __syncthreads();
   for (int x = threadIdx.x; x < 2 * MP; x += threads) {
-    if (x < MP) {                                           // summed from the last row back
+    if (x < MP) {  // summed from the last row back
       float sum = 0.f;
 #pragma unroll 16
       for (int j = C - 1; j >= 0; --j) sum += sum_s[j * ldu + x], sum_s[j * ldu + x] = sum;
-    } else {                                                // from the first row on: exp(G_end) H dH_end, then the rows before
+    } else {  // from the first row on: exp(G_end) H dH_end, then the rows before
       const int m = x - MP;
       float sum = 0.f;
       for (int i = 0; i < parts; ++i) sum += edge[i * MP + m];
@@ -676,8 +676,8 @@ __global__ __launch_bounds__(KeysShared<Cfg>::threads, Cfg::blocks_per_sm) void 
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       a[i] = GateReader::decay(a[i]);
-      sum[i] = a[i] == 0.f ? 0.f : total[i];                // a reset forgets whatever the gate would have changed
-      if (coupled) sum[i] -= a[i] * grad[i];                // s = 1 - exp(g)
+      sum[i] = a[i] == 0.f ? 0.f : total[i];  // a reset forgets whatever the gate would have changed
+      if (coupled) sum[i] -= a[i] * grad[i];  // s = 1 - exp(g)
     }
     if (!coupled) store4(p.ds, ds_rows.at(j) + m, grad, n);
     store4(p.dg, dg_rows.at(j) + m, sum, n);

@@ -146,7 +146,8 @@ void chunk_forward(const ForwardParams& p) {
   const States s = forward_states(p, p.hkT, p.hvT, true);
   select_config(p, [&]<class Cfg>() {
     const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, Cfg::C);
-    launch("chunk_output", chunk_output<Cfg>, slots * p.HQ, Cfg::threads, RowsShared<Cfg>::bytes, p.stream, p, static_cast<const void*>(s.boundary), s.gate_tiles);
+    launch("chunk_output", chunk_output<Cfg>, slots * p.HQ, Cfg::threads, RowsShared<Cfg>::bytes, p.stream, p, static_cast<const void*>(s.boundary),
+           s.gate_tiles);
   });
 }
 

@@ -18,9 +18,9 @@ constexpr int kStateRows = 64;
 
 struct GatesParams {
   Params base;
-  void* y;                          // [slots, H, C, MP]  E   s_j exp(G_end - G_j): right factors of the forward sweep
-  float* decay;                     // [slots, H, MP]         exp(G_end)
-  float* tiles;                     // [slots, H] GateTile
+  void* y;  // [slots, H, C, MP]  E   s_j exp(G_end - G_j): right factors of the forward sweep
+  float* decay;  // [slots, H, MP]         exp(G_end)
+  float* tiles;  // [slots, H] GateTile
 };
 
 // One thread has a slot in a block of 16 rows (or several of them).
@@ -59,7 +59,7 @@ __global__ __launch_bounds__(gates_threads<Cfg>) void chunk_gates(const __grid_c
 #pragma unroll
     for (int j = 15; j >= 0; --j) w *= g[k][j];
     lambda[e] = w;
-    if (!(w >= Cfg::smallest)) slow[e / MP] = 1;          // NaN too
+    if (!(w >= Cfg::smallest)) slow[e / MP] = 1;  // NaN too
   }
   __syncthreads();
   const int64_t tile = c.slot * p.H + head;
@@ -91,14 +91,14 @@ __global__ __launch_bounds__(gates_threads<Cfg>) void chunk_gates(const __grid_c
 
 struct ScanParams {
   Params base;
-  void* out;                        // [slots, H, K + V, M]
+  void* out;  // [slots, H, K + V, M]
   // forward: hk0, hv0 of base in; hkT, hvT out. backward: cotangents of the final states in, of the initial states out.
   const void *hk_in, *hv_in;
   bool in_broadcast;
   void *hk_out, *hv_out;
-  View x_k, x_v;                    // k, v or q, d_o
-  const void *y_k, *y_v;            // [slots, H or HQ, C, MP] E
-  const float* decay;               // [slots, H, MP]
+  View x_k, x_v;  // k, v or q, d_o
+  const void *y_k, *y_v;  // [slots, H or HQ, C, MP] E
+  const float* decay;  // [slots, H, MP]
 };
 
 template <class Cfg>
@@ -141,7 +141,7 @@ __global__ __launch_bounds__(128, ScanShared<Cfg>::blocks_per_sm) void state_sca
   c.seq = sequence(p, n, C);
   const int64_t steps = c.seq.chunks * heads;
   const int warp = threadIdx.x / 32;
-  const int row = d0 + warp * 16 + frag_row();                     // and row + 8
+  const int row = d0 + warp * 16 + frag_row();  // and row + 8
   float acc[MT][4];
   zero(acc);
   auto decay = [](float (&x)[MT][4], const float* l) {

@@ -131,8 +131,7 @@ template <class E, int NT, bool paired = true>
 __device__ inline void store_rows(const Rows& dst, const float (*acc)[4], int i0, int rows, int d0, int D, float scale = 1.f) {
   const auto all = reinterpret_cast<uintptr_t>(dst.ptr) / sizeof(E) | dst.base | dst.step | D;
   if constexpr (sizeof(E) == 2 && paired) {
-    if ((all & 3) == 0)
-      return store_paired<E, NT>(static_cast<E*>(const_cast<void*>(dst.ptr)) + dst.at(i0) + d0, dst.step, acc, rows - i0, D - d0, scale);
+    if ((all & 3) == 0) return store_paired<E, NT>(static_cast<E*>(const_cast<void*>(dst.ptr)) + dst.at(i0) + d0, dst.step, acc, rows - i0, D - d0, scale);
   } else if ((sizeof(E) == 2 || dst.dtype == DType::f32) && (all & 1) == 0) {
     const int i = i0 + frag_row(), d = d0 + frag_col();
     E* p = static_cast<E*>(const_cast<void*>(dst.ptr)) + dst.at(i) + d;
@@ -174,8 +173,7 @@ __device__ inline void store_tile(E* dst, int64_t ld, const float (*acc)[4], flo
 #pragma unroll
     for (int h = 0; h < 2; ++h)
 #pragma unroll
-      for (int t = 0; t < NT; ++t)
-        store2<E>(dst + (frag_row() + 8 * h) * ld + frag_col() + t * 8, acc[t][2 * h] * scale, acc[t][2 * h + 1] * scale);
+      for (int t = 0; t < NT; ++t) store2<E>(dst + (frag_row() + 8 * h) * ld + frag_col() + t * 8, acc[t][2 * h] * scale, acc[t][2 * h + 1] * scale);
   }
 }
 
