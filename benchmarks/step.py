@@ -63,6 +63,7 @@ def step(shape: Shape, device: torch.device, peers: bool) -> dict[str, Any]:
     nbytes = {"ours": 2 * 4 * 2 * B * H * M * D + io, "ours, bf16 state": 2 * 2 * 2 * B * H * M * D + io}
     calls: dict[str, Callable[[int], Any]] = {}
     per_call: dict[str, int] = {}
+    alive: list[Any] = []  # what the graphs read and write: capturing another one empties the allocator's cache
 
     def states(width: torch.dtype, heads: int = H) -> list[tuple[torch.Tensor, torch.Tensor]]:
         sets = min(CALLS, max(2, math.ceil(6e9 / (4 * 2 * B * heads * M * D)))) if cuda else 1
@@ -84,6 +85,7 @@ def step(shape: Shape, device: torch.device, peers: bool) -> dict[str, Any]:
             for turn in range(CALLS):
                 call(turn)
         calls[name] = lambda turn: graph.replay()
+        alive.append(call)
 
     def ours(held: list[tuple[torch.Tensor, torch.Tensor]]) -> Callable[[int], Any]:
         def call(turn: int) -> None:
@@ -110,10 +112,12 @@ def step(shape: Shape, device: torch.device, peers: bool) -> dict[str, Any]:
             for x in wide:
                 x["s"] = -torch.expm1(x["g"].float()).to(x["g"])
             held = states(torch.float32, HQ)
+            written: dict[int, Any] = {}  # its new states in memory of their own: else the calls of a graph all write to one place, which may stay in the cache
 
             def theirs(turn: int) -> None:
                 x, state = wide[turn % len(wide)], held[turn % len(held)]
-                fla().fused_recurrent_gsa(x["q"], x["k"], x["v"], x["s"], x["g"], scale=D**-0.5, initial_state=state, output_final_state=True)
+                written[turn % len(held)] = fla().fused_recurrent_gsa(
+                    x["q"], x["k"], x["v"], x["s"], x["g"], scale=D**-0.5, initial_state=state, output_final_state=True)
 
             add("fla", theirs)
 
