@@ -238,6 +238,9 @@ def test_generate(preset, layers, device):
         model.generate(ids[:1], max_new_tokens=5, prompt_lookup_num_tokens=3)
     with pytest.raises(ValueError, match="static"):
         model.generate(ids, max_new_tokens=5, cache_implementation="static")
+    with pytest.raises(NotImplementedError, match="generate_batch"):
+        model.generate_batch([[1, 2, 3], [4, 5]])
+    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False, prefill_chunk_size=7), model.generate(ids, max_new_tokens=4, do_sample=False))
 
 
 def test_cache(device):
