@@ -3,6 +3,7 @@
     GSA_BUILD_CUDA=0|1      without or with the CUDA kernels; unset: with them when torch's CUDA and a toolkit of that major version are there
     TORCH_CUDA_ARCH_LIST    architectures, default "8.0+PTX;9.0a"
     MAX_JOBS                parallel compilers
+    GSA_SANITIZE=1          CPU code with AddressSanitizer and UndefinedBehaviorSanitizer (.ci/sanitize)
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def use_cuda(torch_cuda: str | None, toolkit: str | None) -> tuple[bool, str]:
     if forced == "0":
         return False, "GSA_BUILD_CUDA=0"
     if torch_cuda is None:
-        reason = "this torch has no CUDA; install one that has (see pytorch.org)"
+        reason = "this torch has no CUDA: install one that has (see pytorch.org)"
     elif toolkit is None:
         reason = f"torch has CUDA {torch_cuda}, but there is no CUDA toolkit: put nvcc {torch_cuda.split('.')[0]}.x on PATH or set CUDA_HOME"
     elif toolkit.split(".")[0] != torch_cuda.split(".")[0]:
@@ -89,7 +90,11 @@ def native() -> dict[str, Any]:
 
     archs = re.sub(r"[;,\s]+", " ", os.environ["TORCH_CUDA_ARCH_LIST"]).strip() if cuda else ""
     facts = [("GSA_BUILT_TORCH", torch.__version__), ("GSA_BUILT_CUDA", torch.version.cuda if cuda else ""), ("GSA_BUILT_ARCHS", archs)]
+    facts += [("GSA_BUILT_WHY", "" if cuda else why)]
     common = ["-O3", "-std=c++20"]
+    host, link = [*common, "-g0"], ["-Wl,-s"]
+    if os.environ.get("GSA_SANITIZE") == "1":
+        host = link = ["-O1", "-g1", "-std=c++20", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
     csrc = ROOT / "csrc"
     sources = sorted([*csrc.glob("*.cpp"), *csrc.glob("cpu/**/*.cpp")])
     sources[:0] = sorted(csrc.glob("cuda/**/*.cu"), key=lambda path: (-path.stat().st_size, path)) if cuda else []  # the longest to compile first
@@ -100,8 +105,8 @@ def native() -> dict[str, Any]:
         include_dirs=[str(csrc)],
         define_macros=[(name, f'"{value}"') for name, value in facts] + ([("GSA_WITH_CUDA", None)] if cuda else []),
         # -fopenmp when compiling only: linked, it could bring a second OpenMP runtime beside torch's, deaf to torch.set_num_threads
-        extra_compile_args={"cxx": [*common, "-fopenmp", "-fvisibility=hidden", "-g0"], "nvcc": [*common, "-Xfatbin=-compress-all", "--threads=2"]},
-        extra_link_args=["-Wl,-s"],
+        extra_compile_args={"cxx": [*host, "-fopenmp", "-fvisibility=hidden"], "nvcc": [*common, "-Xfatbin=-compress-all", "--threads=2"]},
+        extra_link_args=link,
     )
 
     class Build(cpp_extension.BuildExtension):

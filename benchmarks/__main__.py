@@ -3,6 +3,7 @@
 Calls alternate between the contestants, on inputs that rotate through more memory than the caches hold; medians are printed. The floor is the time
 to read every input once and write every output once (k, v and g once per key/value head) at the copy bandwidth measured between the same calls. The
 results that are timed are compared with fp64 in the same run. Ratios of one run are what counts: figures move by a tenth from run to run.
+Decoding has a benchmark of its own: python -m benchmarks.step.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from gsa_ext import chunk_gsa, gsa_step, testing
+from gsa_ext import chunk_gsa, testing
 from gsa_ext.cli.info import facts
 
 PEER = "flash-linear-attention"
@@ -46,7 +47,6 @@ GPU = [
     (8, 2048, 32, 32, 128, 64), (1, 16384, 32, 32, 128, 64), (1, 65536, 32, 8, 128, 64), (8, 4096, 16, 16, 64, 64), (16, 2048, 4, 4, 512, 64),
 ]  # fmt: skip
 CPU = [(1, T, 8, 8, 64, 64) for T in (1024, 2048, 4096, 8192, 16384, 32768)]
-STEPS = [(B, 1, HQ, H, D, 64) for B, HQ, H, D in ((1, 32, 32, 128), (32, 32, 32, 128), (256, 32, 32, 128), (64, 32, 8, 128), (64, 4, 4, 512))]
 
 
 def main() -> int:
@@ -74,9 +74,6 @@ def main() -> int:
     for dtype in dtypes:
         for numbers in shapes:
             rows += sequence(Shape(*numbers, dtype), device, not args.no_peers, args.peer_errors)
-    if cuda and not args.shapes:
-        for numbers in STEPS[:2] if args.quick else STEPS:
-            rows += [step(Shape(*numbers, "bfloat16"), device)]
     args.out.mkdir(parents=True, exist_ok=True)
     stem = args.out / f"{device.type}-{time.strftime('%Y%m%d-%H%M%S')}"
     stem.with_suffix(".json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
@@ -258,57 +255,6 @@ def sequence(shape: Shape, device: torch.device, peers: bool, peer_errors: bool)
     return rows
 
 
-def step(shape: Shape, device: torch.device) -> dict[str, Any]:
-    """One token of decoding, fp32 state."""
-    B, _, HQ, H, D, M, dtype = shape
-    sets = min(64, max(2, math.ceil(256e6 / (8 * B * H * M * D))))
-    inputs = [{name: t[:, 0] for name, t in make(shape, device, seed).items()} for seed in range(4)]
-    states = [(torch.zeros(B, H, D, M, device=device), torch.zeros(B, H, M, D, device=device)) for _ in range(sets)]
-
-    def ours(turn: int) -> None:
-        x = inputs[turn % len(inputs)]
-        gsa_step(x["q"], x["k"], x["v"], None, x["g"], states[turn % sets])
-
-    calls: dict[str, Callable[[int], Any]] = {"ours": ours}
-    for turn in range(3):
-        ours(turn)
-    graph = torch.cuda.CUDAGraph()  # without the time of launching from Python
-    with torch.cuda.graph(graph):
-        for turn in range(sets):
-            ours(turn)
-    calls["ours, 1 of a graph"] = lambda turn: graph.replay()
-    if fla() is not None:
-        r = HQ // H
-        wide = [{n: (t if n == "q" else t.repeat_interleave(r, 1))[:, None] for n, t in x.items()} for x in inputs]
-        wide_states = [tuple(t.repeat_interleave(r, 1) for t in s) for s in states[: max(2, sets // r)]]
-
-        def theirs(turn: int) -> None:
-            x = wide[turn % len(wide)]
-            s = -torch.expm1(x["g"].float()).to(x["g"])
-            state = wide_states[turn % len(wide_states)]
-            fla().fused_recurrent_gsa(x["q"], x["k"], x["v"], s, x["g"], scale=D**-0.5, initial_state=state, output_final_state=True)
-
-        with torch.no_grad():
-            theirs(0)
-        calls["fla"] = theirs
-    copy, copied = copier(device)
-    with torch.no_grad():
-        ms = alternate({**calls, "copy": copy}, True, 3.0)
-    ms["ours, 1 of a graph"] /= sets
-    bandwidth = copied / ms.pop("copy") * 1e3
-    nbytes = 2 * 4 * M * 2 * D * H * B + sum(t.numel() * t.element_size() for t in inputs[0].values()) + inputs[0]["q"].numel() * 2
-    x = testing.make_inputs(min(B, 2), 20, HQ // H, 1, D, D, M, dtype=getattr(torch, dtype), device=device)
-    rows = testing.compare(testing.stepwise, x, gradients=False)
-    row = {
-        "shape": str(shape), **shape._asdict(), "what": "step", "ms": ms, "floor_ms": nbytes / bandwidth * 1e3, "copy_GBps": bandwidth / 1e9,
-        "GBps": nbytes / ms["ours, 1 of a graph"] / 1e6, "percent_of_floor": 100 * nbytes / bandwidth * 1e3 / ms["ours, 1 of a graph"], "peak_MiB": {},
-        "speedup": {name: value / ms["ours"] for name, value in ms.items() if name == "fla"},
-        "errors": {"ours": {r.name: r.error for r in rows}}, "correct": all(r.ok for r in rows), "notes": [],
-    }  # fmt: skip
-    show(row)
-    return row
-
-
 def accuracy(shape: Shape, device: torch.device, names: list[str]) -> tuple[dict[str, dict[str, float]], bool]:
     """Errors against fp64 over 512 tokens, outputs and gradients: ours on one key/value head, to be within tolerance; the peer's are reported."""
     x = testing.make_inputs(1, min(shape.T, 512), shape.HQ // shape.H, 1, shape.D, shape.D, shape.M, dtype=getattr(torch, shape.dtype), device=device)
@@ -351,7 +297,6 @@ def plot(rows: list[dict[str, Any]], about: dict[str, str], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [row for row in rows if row["what"] != "step"] or rows
     what = list(dict.fromkeys(row["what"] for row in rows))
     figure, axes = pyplot.subplots(len(what), 1, figsize=(max(8, 0.9 * len(rows)), 4.5 * len(what)), squeeze=False)
     for axis, kind in zip(axes[:, 0], what):

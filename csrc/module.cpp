@@ -5,7 +5,7 @@
 
 // Read by gsa_ext/_load.py from the file, before anything of it is loaded.
 extern "C" __attribute__((used, visibility("default"))) const char gsa_ext_built[] =
-    "gsa_ext-built;torch=" GSA_BUILT_TORCH ";cuda=" GSA_BUILT_CUDA ";archs=" GSA_BUILT_ARCHS ";";
+    "gsa_ext-built;torch=" GSA_BUILT_TORCH ";cuda=" GSA_BUILT_CUDA ";archs=" GSA_BUILT_ARCHS ";why=" GSA_BUILT_WHY ";";
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native half of gsa_ext: its ops live under torch.ops.gsa.";

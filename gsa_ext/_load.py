@@ -21,6 +21,12 @@ class Build(NamedTuple):
     cuda: str | None  #: version of CUDA, None for a CPU-only build
     archs: tuple[str, ...]  #: GPU architectures as in TORCH_CUDA_ARCH_LIST
     path: Path  #: the native module
+    why: str = ""  #: of a CPU-only build: why there are no CUDA kernels in it
+
+    @property
+    def cpu_only(self) -> str | None:
+        """What a user should know about a build without CUDA kernels; None when they are there."""
+        return None if self.cuda else "built for the CPU ONLY" + (f" ({self.why})" if self.why else "")
 
 
 def built() -> Build:
@@ -35,11 +41,11 @@ def built() -> Build:
     path = Path(spec.origin)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         at = data.find(b"gsa_ext-built;torch=")
-        found = re.match(rb"gsa_ext-built;torch=([^;]*);cuda=([^;]*);archs=([^;]*);", data[at : at + 512]) if at >= 0 else None
+        found = re.match(rb"gsa_ext-built;torch=([^;]*);cuda=([^;]*);archs=([^;]*);(?:why=([^;]*);)?", data[at : at + 1024]) if at >= 0 else None
     if found is None:
         raise ImportError(f"{path} is not a native module of this gsa_ext: " + REINSTALL.format(_source()))
-    version, cuda, archs = (x.decode() for x in found.groups())
-    return Build(version, cuda or None, tuple(archs.split()), path)
+    version, cuda, archs, why = (x.decode() for x in found.groups(b""))
+    return Build(version, cuda or None, tuple(archs.split()), path, why)
 
 
 def mismatch(build: Build, version: str, cuda: str | None) -> str | None:

@@ -47,6 +47,19 @@ class SlotState:
         """Bytes of memory held."""
         return sum(x.numel() * x.element_size() for x in (*(self.slots or ()), *(self.conv or ())))
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything held but ``seen``, by name: what ``gsa_ext.state`` saves and :meth:`restore` takes."""
+        named = dict(zip(("hk", "hv"), self.slots or ()))
+        return {**named, **{f"conv.{i}": x for i, x in enumerate(self.conv or ())}}
+
+    def restore(self, tensors: dict[str, Tensor], seen: int) -> None:
+        self.clear()
+        if "hk" in tensors:
+            self.slots = (tensors["hk"], tensors["hv"])
+        conv = [tensors[name] for name in sorted(tensors) if name.startswith("conv.")]
+        self.conv = tuple(conv) or None
+        self.seen = seen
+
     def get_seq_length(self) -> int:
         return self.seen
 
@@ -100,6 +113,10 @@ class SlotCache:
     def reorder_cache(self, beam_idx: Tensor) -> None:
         for layer in self.layers:
             layer.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        for layer in self.layers:
+            layer.batch_repeat_interleave(repeats)
 
     def reset(self) -> None:
         for layer in self.layers:

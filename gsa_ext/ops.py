@@ -115,8 +115,9 @@ def gsa_step(
 
     Args:
         q: ``[B, HQ, K]``; k: ``[B, H, K]``; v: ``[B, H, V]``; s, g: ``[B, H, M]``, either None as in :func:`chunk_gsa`.
-        state: ``(Hk [P, H, K, M], Hv [P, H, M, V])``, in ABC ``(Hk, Hv, z [P, H, M])``, contiguous, fp32 (bf16 allowed for 16-bit inputs: each
-            step then rounds the state to 8 bits; fp64 for fp64 inputs). Written.
+        state: ``(Hk [P, H, K, M], Hv [P, H, M, V])``, in ABC ``(Hk, Hv, z [P, H, M])``, contiguous, fp32 (fp64 for fp64 inputs). Written.
+            bf16 is allowed for 16-bit inputs: half the memory and time, but each step rounds the state to 8 bits. Where slots remember about 10, 170,
+            1 200, 9 000 tokens the state is off by 0.4, 1.4, 4, 9 % (relative RMS) after 10 000 steps, o by 0.2, 0.3, 0.9, 3 %.
         scale: as in :func:`chunk_gsa`.
         state_indices: ``[B]`` int32 or int64: the row of the pool that belongs to each row of the batch, no row twice. -1: a padding row,
             whose o is 0 and which changes no state. None: P = B, row b.

@@ -7,6 +7,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA start
 import pytest
 import torch
 
+from gsa_ext import _load
+
 REQUIRED = os.environ.get("GSA_REQUIRE_GPU") == "1"
 PRESENT = torch.cuda.is_available()
 
@@ -15,6 +17,10 @@ def gpu() -> torch.device:
     if not PRESENT:
         (pytest.fail if REQUIRED else pytest.skip)("no GPU")
     return torch.device("cuda")
+
+
+def pytest_report_header():
+    return f"gsa_ext: {_load.built().cpu_only or 'built for the CPU and CUDA'}"
 
 
 @pytest.fixture(params=["cpu", "cuda"] if PRESENT or REQUIRED else ["cpu"])

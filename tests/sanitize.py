@@ -1,9 +1,14 @@
-"""Every CUDA kernel at small shapes, for compute-sanitizer (a few minutes each)::
+"""Every kernel at small shapes, under a sanitizer (a few minutes each). Those of CUDA::
 
-    compute-sanitizer --tool memcheck --error-exitcode 1 python tests/sanitize.py
-    compute-sanitizer --tool racecheck --error-exitcode 1 python tests/sanitize.py
+    compute-sanitizer --tool memcheck --error-exitcode 1 python tests/sanitize.py cuda
+    compute-sanitizer --tool racecheck --error-exitcode 1 python tests/sanitize.py cuda
 
-Results are compared with fp64 as well: a kernel that does nothing would be clean. initcheck and synccheck work the same way.
+and those of the CPU, compiled with AddressSanitizer and UndefinedBehaviorSanitizer, once for each instruction set::
+
+    .ci/sanitize
+
+Results are compared with fp64 as well: a kernel that does nothing would be clean. On the CPU, where everything around the kernels is slow under
+the sanitizers, only roughly: accuracy is what the tests are for. initcheck and synccheck work the same way.
 """
 
 import itertools
@@ -14,7 +19,7 @@ os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # every tensor its
 
 import torch
 
-from gsa_ext import chunk_gsa, fused_recurrent_gsa, testing
+from gsa_ext import chunk_gsa, fused_recurrent_gsa, gsa_step, testing
 from gsa_ext.testing import make_inputs, stepwise
 
 SIZES = [  # T, HQ, H, K, V, M
@@ -27,33 +32,74 @@ SIZES = [  # T, HQ, H, K, V, M
 ]
 
 
-def cases():
-    for dtype, (T, HQ, H, K, V, M) in itertools.product((torch.float32, torch.bfloat16, torch.float16), SIZES):
+RESULTS = ("o", "hk", "hv", "z", "dq", "dk", "dv", "ds", "dg", "dhk0", "dhv0", "dz0")
+FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+
+
+def cases(device):
+    host = device == "cpu"
+    for dtype, (T, HQ, H, K, V, M) in itertools.product((FP32, BF16, FP16), SIZES):
         for mode, gate in (("given", 8.0), ("coupled", "mixed")):
-            yield chunk_gsa, make_inputs(2, T, HQ, H, K, V, M, mode=mode, gate=gate, dtype=dtype, initial_state=True, device="cuda")
-    for dtype, mode in itertools.product((torch.float32, torch.bfloat16), ("given", "coupled", "abc")):
-        small = {"HQ": 2, "H": 1, "K": 20, "V": 36, "M": 10, "mode": mode, "dtype": dtype, "device": "cuda"}
+            yield chunk_gsa, make_inputs(2, T, HQ, H, K, V, M, mode=mode, gate=gate, dtype=dtype, initial_state=True, device=device)
+    for dtype, mode in itertools.product((FP32, BF16, *((FP16, FP64) if host else ())), ("given", "coupled", "abc")):
+        small = {"HQ": 2, "H": 1, "K": 20, "V": 36, "M": 10, "mode": mode, "dtype": dtype, "device": device}
         for op, state in itertools.product((chunk_gsa, fused_recurrent_gsa), (False, True, "broadcast")):
             yield op, make_inputs(lengths=[0, 1, 40, 0, 17, 64, 0], initial_state=state, **small)
             yield op, make_inputs(2, 19, initial_state=state, gate="mixed", **small)
         yield fused_recurrent_gsa, {**make_inputs(lengths=[3, 0, 20], initial_state=True, **small), "reverse": True}
         yield stepwise, make_inputs(2, 3, initial_state=True, **small)
-        yield stepwise, make_inputs(1, 2, 8, 1, 512, 512, 256, mode=mode, dtype=dtype, device="cuda")
+        yield stepwise, make_inputs(1, 2, 8, 1, 512, 512, 256, mode=mode, dtype=dtype, device=device)
+    if host:
+        yield from cases_of_the_cpu()
+
+
+def cases_of_the_cpu():
+    """Remainders of a vector, groups of 1 to 11 heads, sequences that are cut along time."""
+    for K, V, M in ((1, 17, 3), (3, 1, 5), (15, 16, 31), (33, 63, 17)):
+        for dtype, HQ in ((FP64, 1), (FP32, 7), (BF16, 11)):
+            x = make_inputs(1, 35, HQ, 1, K, V, M, mode="given", dtype=dtype, initial_state=True)
+            yield from ((chunk_gsa, x), (fused_recurrent_gsa, x), (stepwise, x))
+    for dtype, mode in ((FP64, "given"), (FP64, "coupled"), (BF16, "abc")):
+        options = {"HQ": 2, "H": 1, "K": 20, "V": 36, "M": 10, "gate": 300.0, "mode": mode, "dtype": dtype, "initial_state": True}
+        yield chunk_gsa, make_inputs(1, 1003, **options)
+        yield chunk_gsa, make_inputs(lengths=[0, 1003, 5, 900, 0], **options)
+    yield fused_recurrent_gsa, {**make_inputs(lengths=[0, 1003, 5], **{**options, "dtype": FP64}), "reverse": True}
+    yield chunk_gsa, make_inputs(1, 300, 2, 1, 256, 200, 128, gate=300.0, dtype=FP64, initial_state=True)
+
+
+def pools(device):
+    """Steps on a pool of states: rows that are there, that are padding, and (on the GPU, unchecked) that do not exist."""
+    for dtype, state_dtype, mode in itertools.product((FP32, BF16), (FP32, BF16), ("given", "coupled", "abc")):
+        if dtype == FP32 and state_dtype == BF16:
+            continue
+        x = make_inputs(5, 1, 4, 2, 20, 36, 10, mode=mode, dtype=dtype, device=device)
+        row = {name: None if x[name] is None else x[name][:, 0] for name in "qkvsg"}
+        pool = make_inputs(7, 1, 4, 2, 20, 36, 10, mode=mode, dtype=dtype, device=device, initial_state=True)["initial_state"]
+        for index in (torch.int32, torch.int64):
+            where = torch.tensor([6, -1, 0, 3, -1 if device == "cpu" else 99], dtype=index, device=device)
+            o = gsa_step(**row, state=tuple(t.to(state_dtype) for t in pool), state_indices=where)
+            assert o[[1, 4]].eq(0).all() and o[[0, 2, 3]].isfinite().all()
 
 
 def main() -> int:
+    device = sys.argv[1] if len(sys.argv) > 1 else "cuda"
+    torch.set_num_threads(max(2, torch.get_num_threads()))
     wrong = 0
-    for op, x in cases():
-        rows = testing.compare(op, x, gradients=op is not stepwise)
+    for op, x in cases(device):
+        dtype = x["q"].dtype
+        rough = dict.fromkeys(RESULTS, {FP64: 1e-10, FP32: 1e-4}.get(dtype, 0.1)) if device == "cpu" else None
+        rows = testing.compare(op, x, gradients=op is not stepwise, allowed=rough)
         bad = [row for row in rows if not row.ok]
         wrong += bool(bad)
-        print(f"{op.__name__} {tuple(x['q'].shape)} V {x['v'].shape[-1]} {str(x['q'].dtype)[6:]}: {'ok' if not bad else '; '.join(map(str, bad))}", flush=True)
-    for contents in ((0, 3, 10**9), (5, -7, 2**31 - 1), (0, 4, 2)):  # no access outside the tensors, whatever cu_seqlens says
-        x = make_inputs(lengths=[3, 3], K=20, V=36, M=10, device="cuda")
-        x["cu_seqlens"] = torch.tensor(contents, dtype=torch.int32, device="cuda")
-        for op in (chunk_gsa, fused_recurrent_gsa):
-            testing.results(op, x)
-    torch.cuda.synchronize()
+        print(f"{op.__name__} {tuple(x['q'].shape)} V {x['v'].shape[-1]} {str(dtype)[6:]}: {'ok' if not bad else '; '.join(map(str, bad))}", flush=True)
+    pools(device)
+    if device == "cuda":
+        for contents in ((0, 3, 10**9), (5, -7, 2**31 - 1), (0, 4, 2)):  # no access outside the tensors, whatever cu_seqlens says
+            x = make_inputs(lengths=[3, 3], K=20, V=36, M=10, device="cuda")
+            x["cu_seqlens"] = torch.tensor(contents, dtype=torch.int32, device="cuda")
+            for op in (chunk_gsa, fused_recurrent_gsa):
+                testing.results(op, x)
+        torch.cuda.synchronize()
     print(f"{wrong} cases off")
     return 1 if wrong else 0
 

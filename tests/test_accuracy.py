@@ -239,3 +239,57 @@ def test_step_with_bf16_state(mode, device):
 
 def test_step_bf16_inputs_fp32_state_over_a_sequence(device):
     check(stepwise, make_inputs(2, 60, 4, 2, 64, 64, 32, dtype=torch.bfloat16, gate=1.0, device=device), gradients=False)
+
+
+# Sizes that take other ways through the CUDA kernel: one block and several per head, slices of unequal rows, more heads than go through together,
+# rows that are not a multiple of 16 bytes.
+STEPS = [
+    (3, 3, 128, 128, 64), (14, 2, 512, 512, 64), (8, 2, 128, 128, 128), (5, 1, 300, 260, 100), (9, 1, 512, 512, 256), (3, 1, 33, 511, 255), (7, 1, 17, 33, 7),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("HQ,H,K,V,M", STEPS)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@modes
+def test_step_sizes(mode, dtype, HQ, H, K, V, M, device):
+    run("step", dtype, device, B=2, T=5, HQ=HQ, H=H, K=K, V=V, M=M, mode=mode, gate=1.0, initial_state=True)
+
+
+@pytest.mark.parametrize("HQ,H,K,V,M", STEPS)
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16])
+def test_step_depends_on_nothing_else(state, HQ, H, K, V, M, device):
+    """Called again, alone, with other neighbours, elsewhere in a pool, at another address: the same bits. Also of states in bf16, where every head
+    of a group reads the state before it is rounded."""
+    x = make_inputs(5, 1, HQ, H, K, V, M, dtype=torch.bfloat16, device=device, initial_state=True)
+    row = {name: None if x[name] is None else x[name][:, 0] for name in "qkvsg"}
+    first = tuple(t.to(state) for t in x["initial_state"])
+    want = tuple(t.clone() for t in first)
+    o = gsa_step(**row, state=want)
+    again = tuple(t.clone() for t in first)
+    assert torch.equal(gsa_step(**row, state=again), o) and all(map(torch.equal, again, want))
+    for rows, where in (([0, 1, 2, 3, 4], [7, 2, 5, 0, 1]), ([3], [4]), ([4, 1], [8, 0])):
+        pool = tuple(t.new_zeros(9 * t[0].numel() + 1)[1:].view(9, *t.shape[1:]) for t in first)      # an address that is no multiple of 16
+        aligned = tuple(t.new_zeros(9, *t.shape[1:]) for t in first)
+        for held in (pool, aligned):
+            for t, source in zip(held, first):
+                t[where] = source[rows]
+            part = {name: None if t is None else t[rows] for name, t in row.items()}
+            got = gsa_step(**part, state=held, state_indices=torch.tensor(where, device=device))
+            if held is aligned:
+                assert torch.equal(got, o[rows]) and all(torch.equal(t[where], w[rows]) for t, w in zip(held, want))
+            else:
+                assert testing.error(got, o[rows]) < 1e-2 and all(testing.error(t[where], w[rows]) < 1e-2 for t, w in zip(held, want))
+    for i in range(HQ):                                                                               # every head as if it were alone
+        h = i // (HQ // H)
+        alone = {name: None if t is None else t[:, i : i + 1] if name == "q" else t[:, h : h + 1] for name, t in row.items()}
+        single = tuple(t[:, h : h + 1].clone(memory_format=torch.contiguous_format) for t in first)
+        assert testing.error(gsa_step(**alone, state=single), o[:, i : i + 1]) < 4e-3 and all(torch.equal(a, b[:, h : h + 1]) for a, b in zip(single, want))
+
+
+def test_step_stays_with_the_parallel_form(device):
+    """2 000 tokens one by one, and at once: the same outputs and states."""
+    x = make_inputs(1, 2000, 4, 2, 16, 16, 16, gate=8.0, device=device)
+    (o, state), (want, final) = (op(**x, output_final_state=True) for op in (stepwise, chunk_gsa))
+    assert testing.error(o[:, -100:], want[:, -100:]) < 1e-5 and testing.error(o, want) < 1e-5
+    for a, b in zip(state, final):
+        assert testing.error(a, b) < 1e-5

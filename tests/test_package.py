@@ -126,6 +126,15 @@ def test_bench(capsys):
     assert "GSA fwd+bwd" in capsys.readouterr().out
 
 
+def test_a_build_without_cuda_is_said_aloud(capsys, monkeypatch):
+    build = _load.built()
+    assert build.cuda or build.why
+    for cuda, why, said in ((None, "no nvcc", "gsa-ext: built for the CPU ONLY (no nvcc)\n"), ("13.0", "", "")):
+        monkeypatch.setattr(_load, "built", lambda cuda=cuda, why=why: build._replace(cuda=cuda, why=why))
+        assert cli.main(["bench", "--device", "cpu", "--tokens", "16", "--heads", "1", "1", "--dim", "8", "--slots", "4"]) == 0
+        assert capsys.readouterr().err == said
+
+
 @pytest.fixture
 def build(monkeypatch):
     """setup.py as a module, with nothing set up."""

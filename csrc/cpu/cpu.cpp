@@ -43,6 +43,41 @@ void parallel(int64_t items, void (*body)(const void*, Items&), const void* cont
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) { body(context, queue); });
 }
 
+// Cutting costs work: all but one of the pieces are walked twice, for what they hand on and for what comes out of them. It pays once a sequence
+// is nearly two threads' share of the whole; then every thread wants some pieces, none of them tiny.
+Pieces cut(const Params& p, int64_t unit) {
+  constexpr int64_t SHORTEST = 64;   // tokens
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads(), shortest = (SHORTEST + unit - 1) / unit;
+  int64_t all = 0;                   // threads * length / all: how many threads' share one head of a sequence is
+  for (int64_t n = 0; n < p.N; ++n) all += sequence(p, n).length * p.H;
+  const auto units_of = [&](int64_t length) { return (length + unit - 1) / unit; };
+  const auto units_each = [&](int64_t length) {
+    const int64_t units = units_of(length);
+    if (threads == 1 || length == 0 || 4 * threads * length < 7 * all) return units;
+    const int64_t count = 2 * ((threads * length + all - 1) / all) + 1, each = std::max((units + count - 1) / count, shortest);
+    return 2 * each < units ? each : units;   // two pieces would wait for each other
+  };
+  Pieces pieces;
+  pieces.list.reserve(p.N);
+  for (int64_t n = 0; n < p.N; ++n) {
+    const int64_t length = sequence(p, n).length, units = units_of(length), each = units_each(length);
+    if (each == units) continue;
+    const int64_t count = (units + each - 1) / each;
+    for (int64_t i = 0; i < count; ++i)
+      pieces.list.push_back(
+          {n, i * each * unit, std::min(length, (i + 1) * each * unit), pieces.units + i * each, std::min(each, units - i * each), int32_t(i), int32_t(count)});
+    pieces.units += units;
+  }
+  pieces.split = int64_t(pieces.list.size());
+  for (int64_t n = 0; n < p.N; ++n) {
+    const int64_t length = sequence(p, n).length, units = units_of(length);
+    if (units_each(length) != units) continue;
+    pieces.list.push_back({n, 0, length, 0, units, 0, 1});
+    pieces.longest = std::max(pieces.longest, length);
+  }
+  return pieces;
+}
+
 int64_t forward_workspace(const Params&) { return 0; }
 int64_t backward_workspace(const Params&) { return 0; }
 int64_t recurrent_workspace(const Params&) { return 0; }

@@ -1,6 +1,9 @@
 // What the CPU kernels share with their dispatcher: one table of entry points per instruction set, and the thread pool.
 // Torch-free: the kernels are compiled once per instruction set (avx512.cpp, avx2.cpp, baseline.cpp) from the same headers.
 #pragma once
+#include <cstdint>
+#include <vector>
+
 #include "../params.h"
 
 namespace gsa::cpu {
@@ -33,7 +36,40 @@ class Items {
   int64_t count_, taken_ = 0;
 };
 
-// Runs body(context, items) on up to `threads` threads at once; each draws items until none is left.
+// The tokens of sequence n, those of cu_seqlens where there is one.
+struct Sequence {
+  int64_t batch, begin, length;
+};
+template <class P> inline __attribute__((always_inline)) Sequence sequence(const P& p, int64_t n) {
+  if (!p.cu_seqlens) return {n, 0, p.T};
+  const auto bound = [&](int64_t i) __attribute__((always_inline)) {
+    return p.cu_seqlens_64 ? static_cast<const int64_t*>(p.cu_seqlens)[i] : int64_t(static_cast<const int32_t*>(p.cu_seqlens)[i]);
+  };
+  return {0, bound(n), bound(n + 1) - bound(n)};
+}
+
+// A sequence, or one of the pieces of a sequence that several threads share: its tokens begin .. end - 1 in the order they are visited.
+struct Piece {
+  int64_t n, begin, end;
+  int64_t unit, units;     // the units it consists of, counted over all sequences that are split
+  int32_t index, count;    // which of how many pieces of its sequence
+  bool split() const { return count > 1; }
+  bool first() const { return index == 0; }
+  bool last() const { return index + 1 == count; }
+};
+struct Pieces {
+  std::vector<Piece> list;     // first the pieces of split sequences, one sequence after the other, then the sequences that are not split
+  int64_t split = 0;           // number of the former
+  int64_t units = 0;           // in them
+  int64_t longest = 0;         // tokens of the longest of the latter
+};
+
+// Cuts sequences that would keep one thread busy long after the others have finished, at multiples of `unit` tokens. Depends on the shape, the
+// lengths and the number of threads alone, so results are the same from run to run; where sequences and heads are enough for all threads
+// nothing is cut, and results do not depend on the number of threads either.
+Pieces cut(const Params& p, int64_t unit);
+
+// Runs body(context, items) on up to as many threads at once as torch has; each draws items until none is left.
 void parallel(int64_t items, void (*body)(const void* context, Items&), const void* context);
 
 }  // namespace gsa::cpu

@@ -20,18 +20,6 @@ struct Rows {
   explicit operator bool() const { return first != nullptr; }
 };
 
-struct Sequence {
-  int64_t batch, begin, length;
-};
-
-template <class P> GSA_INLINE Sequence sequence(const P& p, int64_t n) {
-  if (!p.cu_seqlens) return {n, 0, p.T};
-  const auto bound = [&](int64_t i) GSA_LAMBDA {
-    return p.cu_seqlens_64 ? static_cast<const int64_t*>(p.cu_seqlens)[i] : int64_t(static_cast<const int32_t*>(p.cu_seqlens)[i]);
-  };
-  return {0, bound(n), bound(n + 1) - bound(n)};
-}
-
 GSA_INLINE Rows rows(const View& v, const Sequence& s, int64_t head, bool reverse) {
   if (!v.ptr) return {};
   const int64_t size = bytes_of(v.dtype), token = reverse ? s.begin + s.length - 1 : s.begin;
@@ -270,13 +258,18 @@ template <class T> void store_state(void* dst, int64_t offset, const T* src, int
     else std::memcpy(to + i * int64_t(cols), src + i * int64_t(ld), sizeof(T) * cols);
 }
 
-// Scratch of one thread: measured first (base == nullptr), then handed out.
+// Scratch of one thread: measured first (base == nullptr), then handed out. AddressSanitizer sees what runs over from one array into the next.
 class Arena {
  public:
   explicit Arena(char* base = nullptr) : base_(base) {}
   template <class T> void take(T*& p, int64_t count) {
     p = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(base_) + used_);
-    used_ += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
+    const int64_t size = count * int64_t(sizeof(T));
+    used_ += (size + 63) / 64 * 64;
+#if defined(__SANITIZE_ADDRESS__)
+    used_ += 64;
+    if (base_) ASAN_POISON_MEMORY_REGION(reinterpret_cast<char*>(p) + size, base_ + used_ - (reinterpret_cast<char*>(p) + size));
+#endif
   }
   int64_t used() const { return used_; }
 

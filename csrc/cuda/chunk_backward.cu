@@ -31,9 +31,10 @@ struct Saved {
   float* gradients;          // [slots, H, K + V, M]           cotangents after each chunk
   float *p, *do1, *e;        // [slots, HQ, C, MP]
   void *p_decayed, *do1_decayed;   // [slots, HQ, C, MP]   E   p exp(G), scale do1 exp(G)
-  float *after, *inter;      // [slots, H, C, MP]              the part of dg from after the chunk; of ds, decayed to the chunk's end
-  float *A1, *B;             // [slots, HQ, C, C]              strictly lower
-  float *A2, *dA1;           // [slots, HQ, C, C]              lower; dA1 times scale
+  float* inter;              // [slots, H, C, MP]              the part of ds from after the chunk, decayed to its end
+  float *A1, *B;             // [slots, HQ] Packed             strictly lower
+  void *dA1, *A2, *A2_low;   // [slots, HQ] Packed         E   lower; dA1 times scale; A2 is the sum of two (16 bit)
+  const float* gate_tiles;   // [slots, H] GateTile            forward_states
   float* diagonals;          // [slots, HQ, 2, C]              of A1 and B
   int64_t bytes;
 };
@@ -56,26 +57,20 @@ Saved plan(const Params& p, char* base) {
   s.e = floats(rows * Cfg::MP);
   s.p_decayed = take(rows * Cfg::MP * int64_t(sizeof(typename Cfg::E)));
   s.do1_decayed = take(rows * Cfg::MP * int64_t(sizeof(typename Cfg::E)));
-  s.after = floats(slots * p.H * Cfg::C * Cfg::MP);
   s.inter = floats(slots * p.H * Cfg::C * Cfg::MP);
-  s.A1 = floats(rows * Cfg::C);
-  s.B = floats(rows * Cfg::C);
-  s.A2 = floats(rows * Cfg::C);
-  s.dA1 = floats(rows * Cfg::C);
+  const int64_t triangles = slots * p.HQ * Packed<Cfg>::elements;
+  s.A1 = floats(triangles);
+  s.B = floats(triangles);
+  for (void** x : {&s.dA1, &s.A2, &s.A2_low}) *x = take(triangles * int64_t(sizeof(typename Cfg::E)));
   s.diagonals = floats(rows * 2);
   return s;
-}
-
-template <class Cfg>
-constexpr DType tile_dtype() {
-  return Cfg::fp32 ? DType::f32 : std::is_same_v<typename Cfg::E, bf16> ? DType::bf16 : DType::f16;
 }
 
 // ------------------------------------------------------------------------------------------------------------ 1. queries
 
 template <class Cfg>
-__global__ __launch_bounds__(Cfg::threads, Cfg::MP == 64 && !Cfg::fp32 ? 3 : 1) void backward_queries(const __grid_constant__ BackwardParams p,
-                                                                                                      const __grid_constant__ Saved saved) {
+__global__ __launch_bounds__(Cfg::threads, Cfg::blocks_per_sm) void backward_queries(const __grid_constant__ BackwardParams p,
+                                                                                     const __grid_constant__ Saved saved) {
   using E = typename Cfg::E;
   using A = Arith<E>;
   constexpr int C = Cfg::C, MP = Cfg::MP, MT = Cfg::MT, CT = Cfg::CT, DS = Cfg::DS, DT = Cfg::DT, NB = Cfg::NB, ldm = Cfg::ldm, ldd = Cfg::ldd;
@@ -86,57 +81,46 @@ __global__ __launch_bounds__(Cfg::threads, Cfg::MP == 64 && !Cfg::fp32 ? 3 : 1) 
 
   extern __shared__ __align__(16) char shared[];
   Arena mem{shared};
-  Gates<Cfg> gates(mem, p, c, head);
+  Gates<Cfg> gates(mem, p, c, head, saved.gate_tiles);
   float* S = RowsShared<Cfg>::needs_S ? mem.take<float>(C * Cfg::lds) : nullptr;
-  float* x_scratch = mem.take<float>(NB * Triangle<Cfg>::x_floats) + warp * Triangle<Cfg>::x_floats;
-  char* region = mem.p;
-  float* y_scratch = reinterpret_cast<float*>(region + (Cfg::fp32 ? RowsShared<Cfg>::slices : 0)) + warp * Triangle<Cfg>::y_floats;
-  Arena slices{region};
-  E* x_s = slices.take<E>(C * ldd);                        // q, d_o
-  E* y_s = slices.take<E>(C * ldd);                        // k, v
-  E* h_s = slices.take<E>(DS * ldm);                       // Hk, Hv
   const E* states = static_cast<const E*>(saved.states) + (c.slot * p.H + head) * (p.K + p.V) * p.M;
-  const Triangle<Cfg> triangle{gates, S, x_scratch, y_scratch, warp};
   const int64_t item = c.slot * p.HQ + q_head;
-
-  gates.fill(S, Cfg::lds);
-
-  auto keep = [&](float* out, const float (&x)[CT][4], float factor) {
-    float y[CT][4];
-#pragma unroll
-    for (int t = 0; t < CT; ++t)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) y[t][e] = x[t][e] * factor;
-    store_dense<CT>(out + item * C * C, C, y, warp * 16);
+  auto pass_of = [&](int pass) -> Pass {                   // (q, k, Hk), (d_o, v, Hv), then (k, Hk)
+    const bool values = pass == 1;
+    return {pass == 2 ? Rows{} : rows_of(values ? p.d_o : p.q, c, q_head),
+            rows_of(values ? p.v : p.k, c, head),
+            rows_of(states + (values ? int64_t(p.K) * p.M : 0), p.M, tile_dtype<Cfg>()),
+            values ? p.V : p.K,
+            c.length,
+            p.M};
   };
+  Ring<Cfg> ring{mem.p};
+  ring.open(pass_of(0));
+  gates.template load<Cfg::threads>();
+  gates.template load_R<Cfg::threads>();
+  if (S) gates.template load_S<Cfg::threads>(S, Cfg::lds);
+  ring.send(3, pass_of);
 
-  // First (q, k, Hk), then (d_o, v, Hv): triangle and state products, then the sum over the chunk; the diagonals stay apart. One copy of the code
-  // for both: it would not fit the instruction cache twice.
+  // Triangle and state products, then the sum over the chunk; the diagonals stay apart. One copy of the code for both passes: it would not fit the
+  // instruction cache twice.
   float o1[MT][4], dp[MT][4], x[CT][4], a1[2], b1[2];
 #pragma unroll 1
   for (int pass = 0; pass < 2; ++pass) {
     const int D = pass ? p.V : p.K;
-    const Rows rows = rows_of(pass ? p.d_o : p.q, c, q_head), columns = rows_of(pass ? p.v : p.k, c, head);
-    const E* state = states + (pass ? int64_t(p.K) * p.M : 0);
     const float scale = pass ? 1.f : static_cast<float>(p.scale);
     zero(x);
     zero(dp);
 #pragma unroll 1
     for (int d = 0; d < D; d += DS) {
-      __syncthreads();
-      load_tile<Cfg::threads, E, C, DS>(x_s, ldd, rows, c.length, d, D);
-      load_tile<Cfg::threads, E, C, DS>(y_s, ldd, columns, c.length, d, D);
-      load_tile<Cfg::threads, E, DS, MP>(h_s, ldm, rows_of(state + int64_t(d) * p.M, p.M, tile_dtype<Cfg>()), D - d, 0, p.M);
-      cp_async_wait();
-      __syncthreads();
+      const auto s = ring.next(3, pass_of);
       typename A::template Op<DS> op;
-      A::template from_tile<DS>(op, x_s + warp * 16 * ldd, ldd);
+      A::template from_tile<DS>(op, s.x + warp * 16 * ldd, ldd);
 #pragma unroll
       for (int J = 0; J < NB; ++J)
-        if (J <= warp) A::template mma_nt<2, DS>(x + 2 * J, op, y_s + J * 16 * ldd, ldd);
-      A::template mma_nn<MT, DS>(dp, op, h_s, ldm);
+        if (J <= warp) A::template mma_nt<2, DS>(x + 2 * J, op, s.y + J * 16 * ldd, ldd);
+      A::template mma_nn<MT, DS>(dp, op, s.h, ldm);
     }
-    __syncthreads();                                       // the slices' room becomes scratch
+    __syncthreads();                                       // scratch is free
 #pragma unroll
     for (int t = 0; t < MT; ++t)
 #pragma unroll
@@ -144,11 +128,12 @@ __global__ __launch_bounds__(Cfg::threads, Cfg::MP == 64 && !Cfg::fp32 ? 3 : 1) 
 #pragma unroll
     for (int t = 0; t < CT; ++t)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) x[t][e] = Gates<Cfg>::operand(x[t][e] * scale);
+      for (int e = 0; e < 4; ++e) x[t][e] *= scale;
+    const Triangle<Cfg> triangle{gates, S, ring.x_scratch(warp), ring.y_scratch(warp), warp};
     triangle.split_diagonal(x, b1);
     float* out = saved.diagonals + (item * 2 + pass) * C + warp * 16 + frag_row();
     if ((lane_id() & 3) == 0) out[0] = b1[0], out[8] = b1[1];
-    store_dense<CT>((pass ? saved.B : saved.A1) + item * C * C, C, x, warp * 16);
+    Packed<Cfg>::store((pass ? saved.B : saved.A1) + item * Packed<Cfg>::elements, static_cast<float*>(nullptr), x, warp);
     triangle.apply(dp, x);
     if (pass == 0) {
       a1[0] = b1[0], a1[1] = b1[1];
@@ -158,6 +143,7 @@ __global__ __launch_bounds__(Cfg::threads, Cfg::MP == 64 && !Cfg::fp32 ? 3 : 1) 
         for (int e = 0; e < 4; ++e) o1[t][e] = dp[t][e];
     }
   }
+  const Triangle<Cfg> triangle{gates, S, ring.x_scratch(warp), ring.y_scratch(warp), warp};
 
   // p, do1 = p (dp - <p, dp>), e; afterwards o1 holds p and dp holds do1.
 #pragma unroll
@@ -207,18 +193,15 @@ __global__ __launch_bounds__(Cfg::threads, Cfg::MP == 64 && !Cfg::fp32 ? 3 : 1) 
 #pragma unroll 1
   for (int pass = 0; pass < 2; ++pass) {
     float d[2];
-    store_dense<MT>((pass ? saved.do1 : saved.p) + item * C * MP, MP, y, warp * 16);
+    const int64_t rows = (item * C + warp * 16) * MP;
+    store_dense<MT>((pass ? saved.do1 : saved.p) + rows, MP, y, 0);
     diagonal_of<Cfg>(gates, S, y, warp, d);
     triangle.contract(x, y);
     triangle.add_diagonal(x, d);
     const float scale = pass ? static_cast<float>(p.scale) : 1.f;
-    keep(pass ? saved.dA1 : saved.A2, x, scale);
-    E* decayed = static_cast<E*>(pass ? saved.do1_decayed : saved.p_decayed) + (item * C + warp * 16 + frag_row()) * MP + frag_col();
-#pragma unroll
-    for (int t = 0; t < MT; ++t) {
-      store2<E>(decayed + t * 8, y[t][0] * scale, y[t][1] * scale);
-      store2<E>(decayed + 8 * MP + t * 8, y[t][2] * scale, y[t][3] * scale);
-    }
+    const int64_t at = item * Packed<Cfg>::elements;
+    Packed<Cfg>::store(static_cast<E*>(pass ? saved.dA1 : saved.A2) + at, pass ? nullptr : static_cast<E*>(saved.A2_low) + at, x, warp, scale);
+    store_tile<E, MT>(static_cast<E*>(pass ? saved.do1_decayed : saved.p_decayed) + rows, MP, y, scale);
     if (pass == 0) {
 #pragma unroll
       for (int t = 0; t < MT; ++t)
@@ -226,23 +209,19 @@ __global__ __launch_bounds__(Cfg::threads, Cfg::MP == 64 && !Cfg::fp32 ? 3 : 1) 
         for (int e = 0; e < 4; ++e) y[t][e] = dp[t][e];
     }
   }
-  typename A::template Split<C> da1;
+  typename A::template Op<C> da1;
   typename A::template Op<MP> dg;
-  A::template from_acc_split<C>(da1, x, x_scratch, Cfg::ldx);
-  A::template from_acc<MP>(dg, y, y_scratch, Triangle<Cfg>::ldy);
+  A::template from_acc<C>(da1, x, ring.x_scratch(warp), Cfg::ldx);
+  A::template from_acc<MP>(dg, y, ring.y_scratch(warp), Triangle<Cfg>::ldy);
 #pragma unroll 1
   for (int k = 0; k < p.K; k += DS) {
-    __syncthreads();
-    load_tile<Cfg::threads, E, C, DS>(y_s, ldd, rows_of(p.k, c, head), c.length, k, p.K);
-    load_tile<Cfg::threads, E, DS, MP>(h_s, ldm, rows_of(states + int64_t(k) * p.M, p.M, tile_dtype<Cfg>()), p.K - k, 0, p.M);
-    cp_async_wait();
-    __syncthreads();
+    const auto s = ring.next(3, pass_of);
     float acc[DT][4];
     zero(acc);
 #pragma unroll
     for (int J = 0; J < NB; ++J)
-      if (J <= warp) A::template mma_nn<DT, 16>(acc, da1.block(J), y_s + J * 16 * ldd, ldd);
-    A::template mma_nt<DT, MP>(acc, dg, h_s, ldm);
+      if (J <= warp) A::template mma_nn<DT, 16>(acc, da1.block(J), s.y + J * 16 * ldd, ldd);
+    A::template mma_nt<DT, MP>(acc, dg, s.h, ldm);
     store_rows<E, DT>(rows_of(p.dq, c, q_head), acc, warp * 16, c.length, k, p.K, static_cast<float>(p.scale));
   }
 }
@@ -282,28 +261,35 @@ __device__ inline void store4(const View& to, int64_t at, const float (&x)[4], i
   }
 }
 
+// Shared memory: the gates, then while slices stream by two groups of tiles (of the state, of a query head), each arriving behind the work on the other;
+// then two stages of rows of A1, B, p and do1; at last two tiles. `small` configurations: one stage, and one of the tiles in the workspace.
 template <class Cfg>
 struct KeysShared {
   using E = typename Cfg::E;
-  static constexpr int DS = Cfg::DS < 32 ? Cfg::DS : 32, ldd = DS + Cfg::pad;
+  static constexpr int DS = Cfg::fp32 ? Cfg::DS : 32, ldd = DS + Cfg::pad;
+  static constexpr int ldt = Cfg::C + Cfg::pad;                       // of dA1, A2
   static constexpr int ldr = Cfg::C + 8;                              // rows of A1, B
   static constexpr int ldz = Cfg::MP + 4;                             // of the scratch of a slow block
-  static constexpr int edge = Cfg::MP > 2 * Cfg::threads ? Cfg::MP : 2 * Cfg::threads;
+  static constexpr int threads = Cfg::threads * Cfg::keys_split;
+  static constexpr int edge = Cfg::MP > 2 * threads ? Cfg::MP : 2 * threads;
   static constexpr int64_t slices =
-      2 * arena(Cfg::C * ldd, sizeof(E)) + arena(DS * Cfg::lds, 4) + arena(DS * Cfg::ldm, sizeof(E)) + arena(Cfg::C * Cfg::ldx, 4);
+      2 * arena(Cfg::C * ldd, sizeof(E)) + arena(DS * Cfg::lds, 4) + arena(DS * Cfg::ldm, sizeof(E)) + (Cfg::fp32 ? 1 : 2) * arena(Cfg::C * ldt, sizeof(E));
   static constexpr bool needs_products = !(Cfg::fp32 && Cfg::NB == 1);   // else every product is one of the exact in-block ones
-  static constexpr int64_t rows = 2 * arena(16 * ldr, 4) + arena(16 * ldz, 4) + (needs_products ? 2 * arena(16 * Cfg::lds, 4) : 0);
-  static constexpr int64_t tile = arena(Cfg::C * Cfg::ldu, 4);          // ds, at last
-  static constexpr int64_t region = slices > rows ? (slices > tile ? slices : tile) : (rows > tile ? rows : tile);
+  static constexpr int64_t stage = 2 * arena(16 * ldr, 4) + (needs_products ? 2 * arena(16 * Cfg::lds, 4) : 0);
+  static constexpr int stages = Cfg::small ? 1 : 2;
+  static constexpr int64_t rows = stages * stage + arena(16 * ldz, 4);
+  static constexpr int64_t tiles = (Cfg::small ? 1 : 2) * arena(Cfg::C * Cfg::ldu, 4);
+  static constexpr int64_t region = slices > rows ? (slices > tiles ? slices : tiles) : (rows > tiles ? rows : tiles);
   static constexpr int64_t bytes = Gates<Cfg>::bytes + arena(edge, 4) + region;
-  static_assert(bytes <= 101376, "99 KB is what every GPU from sm_80 on has");
+  static_assert(bytes <= (Cfg::small || Cfg::fp32 ? 99 : 113) * 1024);
 };
 
-// Slow blocks only, so not inlined. W[j][m] = a_{j+1} ... a_15, the decay from row j to the end of the block.
+// Slow blocks only, so not inlined. W[j][m] = a_{j+1} ... a_15, the decay from row j to the end of the block,
+// for the slots from begin to end.
 template <class Cfg>
-__device__ __noinline__ void decays_to_end(const Gates<Cfg>& gates, float* w_out, int block) {
+__device__ __noinline__ void decays_to_end(const Gates<Cfg>& gates, float* w_out, int block, int begin, int end) {
   __syncwarp();
-  for (int m = lane_id(); m < Cfg::MP; m += 32) {
+  for (int m = begin + lane_id(); m < end; m += 32) {
     float w = 1.f;
     for (int j = 15; j >= 0; --j) w_out[j * KeysShared<Cfg>::ldz + m] = w, w *= gates.gate(block * 16 + j, m);
   }
@@ -313,10 +299,10 @@ __device__ __noinline__ void decays_to_end(const Gates<Cfg>& gates, float* w_out
 // a, b: the block's columns of A1 and B; prob, grad: its rows of p and do1.
 template <class Cfg>
 __device__ __noinline__ void keys_block(const Gates<Cfg>& gates, float* z_out, const float* a, const float* b, int ld, const float* prob, const float* grad,
-                                        int block, bool add) {
+                                        int block, int begin, int end, bool add) {
   constexpr int ldz = KeysShared<Cfg>::ldz;
   __syncwarp();
-  for (int m = lane_id(); m < Cfg::MP; m += 32) {
+  for (int m = begin + lane_id(); m < end; m += 32) {
     float z[16];
 #pragma unroll
     for (int j = 0; j < 16; ++j) z[j] = 0.f;
@@ -333,39 +319,78 @@ __device__ __noinline__ void keys_block(const Gates<Cfg>& gates, float* z_out, c
 }
 
 template <class Cfg>
-__global__ __launch_bounds__(Cfg::threads, Cfg::MP == 64 && !Cfg::fp32 ? 3 : 1) void backward_keys(const __grid_constant__ BackwardParams p,
-                                                                                                   const __grid_constant__ Saved saved) {
+__global__ __launch_bounds__(KeysShared<Cfg>::threads, Cfg::blocks_per_sm) void backward_keys(const __grid_constant__ BackwardParams p,
+                                                                                              const __grid_constant__ Saved saved) {
   using E = typename Cfg::E;
   using A = Arith<E>;
   using X = typename Cfg::X;
   using Shared = KeysShared<Cfg>;
-  constexpr int C = Cfg::C, MP = Cfg::MP, MT = Cfg::MT, DS = Shared::DS, DT = DS / 8, NB = Cfg::NB, ldd = Shared::ldd, lds = Cfg::lds, ldx = Cfg::ldx,
-                ldr = Shared::ldr, ldu = Cfg::ldu;
-  constexpr int threads = Cfg::threads;
+  constexpr int C = Cfg::C, MP = Cfg::MP, MT = Cfg::MT / Cfg::keys_split, DS = Shared::DS, DT = DS / 8 / Cfg::keys_split, NB = Cfg::NB, ldd = Shared::ldd,
+                lds = Cfg::lds, ldt = Shared::ldt, ldr = Shared::ldr, ldu = Cfg::ldu, ldm = Cfg::ldm;
+  constexpr int threads = Shared::threads;
   const int64_t head = blockIdx.x % p.H;
   const int r = p.HQ / p.H;
   Chunk c;
   if (!find_chunk(p, blockIdx.x / p.H, C, c)) return;
-  const int warp = threadIdx.x / 32;
+  const int warp = threadIdx.x / 32 % NB, part = threadIdx.x / 32 / NB;   // rows, and which part of the columns
+  const int m0 = part * MT * 8, d0 = part * DT * 8;         // first slot, first column of a slice
 
   extern __shared__ __align__(16) char shared[];
   Arena mem{shared};
-  Gates<Cfg> gates(mem, p, c, head);
+  Gates<Cfg> gates(mem, p, c, head, saved.gate_tiles);
   float* end_s = gates.R;                                   // s_j exp(G_end - G_j), in R's place while the slices stream by
   float* edge = mem.take<float>(Shared::edge);              // sum over K of Hk dHk_end and over V of Hv dHv_end, Hk and Hv before the chunk
-  Arena slices{mem.p}, rows{mem.p};
+  char* region = mem.p;
+  Arena slices{region};
   E* x_s = slices.take<E>(C * ldd);                         // k, v
-  E* y_s = slices.take<E>(C * ldd);                         // q, d_o
   float* h_s = slices.take<float>(DS * lds);                // dHk_end, dHv_end
-  E* start_s = slices.take<E>(DS * Cfg::ldm);               // Hk, Hv before the chunk
-  float* t_s = slices.take<float>(C * ldx);                 // dA1, A2
-  float* a_s = rows.take<float>(16 * ldr);                  // 16 rows of A1
-  float* b_s = rows.take<float>(16 * ldr);                  // of B
-  float* z_s = rows.take<float>(16 * Shared::ldz);          // scratch of a slow block
-  float* pu_s = rows.take<float>(Shared::needs_products ? 16 * lds : 0);   // p U
-  float* du_s = rows.take<float>(Shared::needs_products ? 16 * lds : 0);   // do1 U
+  E* start_s = slices.take<E>(DS * ldm);                    // Hk, Hv before the chunk
+  E* y_s = slices.take<E>(C * ldd);                         // q, d_o
+  E* t_s = slices.take<E>(C * ldt);                         // dA1, A2
+  E* low_s = Cfg::fp32 ? nullptr : slices.take<E>(C * ldt);
+  auto operand = [](float x) { return Gates<Cfg>::operand(x); };
 
-  gates.fill(end_s, ldu, true);
+  const int64_t first_item = c.slot * p.HQ + head * r;
+  const float* gradients = saved.gradients + (c.slot * p.H + head) * (p.K + p.V) * p.M;
+  const E* starts = static_cast<const E*>(saved.states) + (c.slot * p.H + head) * (p.K + p.V) * p.M;
+
+  // Slices, pass 0 (k, q) -> dk, pass 1 (v, d_o) -> dv: one copy of the code. State tiles go one slice ahead, those of a query head one state product.
+  TileLoader<threads, E, C, DS> x_in, y_in;
+  TileLoader<threads, float, DS, MP> h_in;
+  TileLoader<threads, E, DS, MP> start_in;
+  int to_pass = 0, to_d = 0;                                // the state slice to be sent off next
+  auto send_state = [&] {
+    if (to_pass < 2) {
+      const int D = to_pass ? p.V : p.K, left = D - to_d;
+      const int64_t row = (to_pass ? int64_t(p.K) : 0) * p.M;
+      auto xs = [&] { return rows_of(to_pass ? p.v : p.k, c, head); };
+      auto hs = [&] { return rows_of(gradients + row, p.M, DType::f32); };
+      auto starts_ = [&] { return rows_of(starts + row, p.M, tile_dtype<Cfg>()); };
+      if (to_d == 0) x_in.open(xs(), D), h_in.open(hs(), p.M), start_in.open(starts_(), p.M);
+      x_in.load(x_s, ldd, to_d, c.length, left, xs);
+      h_in.load(h_s, lds, int64_t(to_d) * p.M, left, p.M, hs);
+      start_in.load(start_s, ldm, int64_t(to_d) * p.M, left, p.M, starts_);
+      if ((to_d += DS) >= D) to_d = 0, ++to_pass;
+    }
+    cp_async_commit();
+  };
+  auto send_head = [&](int pass, int d, int hq) {
+    const int D = pass ? p.V : p.K;
+    auto ys = [&] { return rows_of(pass ? p.d_o : p.q, c, head * r + hq); };
+    if (d == 0 || r > 1) {
+      y_in.open(ys(), D);
+      const int64_t at = (first_item + hq) * Packed<Cfg>::elements;
+      Packed<Cfg>::template load<threads>(t_s, ldt, static_cast<const E*>(pass ? saved.A2 : saved.dA1) + at);
+      if (!Cfg::fp32 && pass) Packed<Cfg>::template load<threads>(low_s, ldt, static_cast<const E*>(saved.A2_low) + at);
+    }
+    y_in.load(y_s, ldd, d, c.length, D - d, ys);
+    cp_async_commit();
+  };
+
+  gates.template load<threads>();
+  gates.template load_S<threads>(end_s, ldu);
+  cp_async_commit();
+  send_state();
 
   float ds[MT][4];                                          // first the part from after the chunk, then the part from inside it, without the diagonal
   zero(ds);
@@ -374,36 +399,34 @@ __global__ __launch_bounds__(Cfg::threads, Cfg::MP == 64 && !Cfg::fp32 ? 3 : 1) 
   const int edge_m = threadIdx.x % pairs * 2, edge_part = threadIdx.x / pairs;
   float edge_sum[passes][2] = {};
 
-  const int64_t first_item = c.slot * p.HQ + head * r;
-  const float* gradients = saved.gradients + (c.slot * p.H + head) * (p.K + p.V) * p.M;
-  const E* starts = static_cast<const E*>(saved.states) + (c.slot * p.H + head) * (p.K + p.V) * p.M;
+  cp_async_wait_for<1>();
+  __syncthreads();
+#pragma unroll 4
+  for (int x = threadIdx.x * 4; x < C * MP; x += threads * 4) {   // S becomes s exp(G_end - G_j)
+    const int j = x / MP, m = x % MP;
+    float4 v = *reinterpret_cast<const float4*>(end_s + j * ldu + m);
+    for (int b = NB - 1; b > j / 16; --b) {
+      const float4 l = *reinterpret_cast<const float4*>(gates.lambda + b * MP + m);
+      v.x *= l.x, v.y *= l.y, v.z *= l.z, v.w *= l.w;
+    }
+    *reinterpret_cast<float4*>(end_s + j * ldu + m) = make_float4(operand(v.x), operand(v.y), operand(v.z), operand(v.w));
+  }
 
-  auto load_head = [&](const View& yv, const float* triangles, int hq, int d, int D) {
-    load_tile<threads, E, C, DS>(y_s, ldd, rows_of(yv, c, head * r + hq), c.length, d, D);
-    load_tile<threads, float, C, C>(t_s, ldx, rows_of(triangles + (first_item + hq) * C * C, C, DType::f32), C, 0, C);
-  };
 #pragma unroll 1
-  for (int pass = 0; pass < 2; ++pass) {                    // (k, q) -> dk, then (v, d_o) -> dv: one copy of the code
-    const View xv = pass ? p.v : p.k, yv = pass ? p.d_o : p.q, out = pass ? p.dv : p.dk;
-    const float* triangles = pass ? saved.A2 : saved.dA1;
-    const int D = pass ? p.V : p.K, state_row = pass ? p.K : 0;
+  for (int pass = 0; pass < 2; ++pass) {
+    const View out = pass ? p.dv : p.dk;
+    const int D = pass ? p.V : p.K;
 #pragma unroll 1
     for (int d = 0; d < D; d += DS) {
+      cp_async_wait_for<0>();
       __syncthreads();
-      load_tile<threads, E, C, DS>(x_s, ldd, rows_of(xv, c, head), c.length, d, D);
-      load_tile<threads, float, DS, MP>(h_s, lds, rows_of(gradients + int64_t(state_row + d) * p.M, p.M, DType::f32), D - d, 0, p.M);
-      load_tile<threads, E, DS, MP>(start_s, Cfg::ldm, rows_of(starts + int64_t(state_row + d) * p.M, p.M, tile_dtype<Cfg>()), D - d, 0, p.M);
-      cp_async_commit();
-      load_head(yv, triangles, 0, d, D);                    // arrives behind the products with the state
-      cp_async_commit();
-      cp_async_wait_for<1>();
-      __syncthreads();
+      send_head(pass, d, 0);
 #pragma unroll
       for (int k = 0; k < passes; ++k)
 #pragma unroll 8
         for (int i = edge_part; i < DS; i += parts) {
           const int m = edge_m + 2 * k * threads;
-          const float2 g = load2(h_s + i * lds + m), h = load2(start_s + i * Cfg::ldm + m);
+          const float2 g = load2(h_s + i * lds + m), h = load2(start_s + i * ldm + m);
           edge_sum[k][0] = fmaf(h.x, g.x, edge_sum[k][0]);
           edge_sum[k][1] = fmaf(h.y, g.y, edge_sum[k][1]);
         }
@@ -412,115 +435,135 @@ __global__ __launch_bounds__(Cfg::threads, Cfg::MP == 64 && !Cfg::fp32 ? 3 : 1) 
       {
         typename X::template Op<MP> op;
         X::template from_tile<MP>(op, end_s + warp * 16 * ldu, ldu);
-        X::template mma_nt<DT, MP>(acc, op, h_s, lds);
+        X::template mma_nt<DT, MP>(acc, op, h_s + d0 * lds, lds);
         typename X::template Op<DS> xo;
         X::template from_tile<DS>(xo, x_s + warp * 16 * ldd, ldd);
-        X::template mma_nn<MT, DS>(ds, xo, h_s, lds);
+        X::template mma_nn<MT, DS>(ds, xo, h_s + m0, lds);
       }
 #pragma unroll 1
       for (int hq = 0; hq < r; ++hq) {
-        if (hq) {
-          __syncthreads();
-          load_head(yv, triangles, hq, d, D);
-        }
-        cp_async_wait();
+        cp_async_wait_for<0>();
         __syncthreads();
-        typename A::template Split<C> op;
-        A::template from_tile_t_split<C>(op, t_s + warp * 16, ldx);
+        if (hq == 0) send_state();
+        typename A::template Op<C> op;
+        A::template from_tile_t<C>(op, t_s + warp * 16, ldt);
 #pragma unroll
         for (int b = 0; b < NB; ++b)
-          if (b >= warp) A::template mma_nn<DT, 16>(acc, op.block(b), y_s + b * 16 * ldd, ldd);
+          if (b >= warp) A::template mma_nn<DT, 16>(acc, op.block(b), y_s + b * 16 * ldd + d0, ldd);
+        if (!Cfg::fp32 && pass) {
+          A::template from_tile_t<C>(op, low_s + warp * 16, ldt);
+#pragma unroll
+          for (int b = 0; b < NB; ++b)
+            if (b >= warp) A::template mma_nn<DT, 16>(acc, op.block(b), y_s + b * 16 * ldd + d0, ldd);
+        }
+        if (hq + 1 < r) {
+          __syncthreads();
+          send_head(pass, d, hq + 1);
+        }
       }
-      store_rows<E, DT>(rows_of(out, c, head), acc, warp * 16, c.length, d, D);
+      store_rows<E, DT, false>(rows_of(out, c, head), acc, warp * 16, c.length, d + d0, D);
     }
   }
 
-  // What comes from after the chunk into dg_t: exp(G_end) H dH_end + sum_{j < t} s_j ds_j.
+  // ds, rows j of block J = warp, from the last block down to the own one. Fast blocks: acc <- (acc + B^T (p R) + A1^T (do1 R)) lambda, slow ones:
+  // acc <- acc lambda + B^T (p U) + A1^T (do1 U); at last decayed to row j: acc / R_j (fast), acc W_j + the exact in-block sums (slow).
 #pragma unroll
   for (int k = 0; k < passes; ++k)
 #pragma unroll
     for (int e = 0; e < 2; ++e) edge[edge_part * MP + edge_m + 2 * k * threads + e] = edge_sum[k][e];
-#pragma unroll
-  for (int t = 0; t < MT; ++t)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) end_s[(warp * 16 + frag_row() + 8 * (e >> 1)) * ldu + t * 8 + frag_col() + (e & 1)] *= ds[t][e];
   float* inter = saved.inter + (c.slot * p.H + head) * C * MP;
-  store_dense<MT>(inter, MP, ds, warp * 16);
+  store_dense<MT>(inter + m0, MP, ds, warp * 16);
   zero(ds);
-  __syncthreads();
-  for (int m = threadIdx.x; m < MP; m += threads) {
-    float sum = 0.f;
-    for (int i = 0; i < parts; ++i) sum += edge[i * MP + m];
-    for (int b = 0; b < NB; ++b) sum *= gates.lambda[b * MP + m];
-    float* out = saved.after + (c.slot * p.H + head) * C * MP + m;
-#pragma unroll 16
-    for (int j = 0; j < C; ++j) out[j * MP] = sum, sum += end_s[j * ldu + m];
-  }
-  __syncthreads();
-  gates.fill(nullptr, 0);                                   // R
+  __syncthreads();                                          // the slices and end_s are done with
 
-  // ds, rows j of block J = warp, from the last block down to the own one. Fast blocks: acc <- (acc + B^T (p R) + A1^T (do1 R)) lambda, slow ones:
-  // acc <- acc lambda + B^T (p U) + A1^T (do1 U); at last decayed to row j: acc / R_j (fast), acc W_j + the exact in-block sums (slow).
+  struct Stage {
+    float *a, *b, *p, *d;                                   // 16 rows of A1, B, p and do1
+  };
+  auto stage = [&](int i) {
+    Arena mem{region + i % Shared::stages * Shared::stage};
+    Stage s;
+    s.a = mem.take<float>(16 * ldr), s.b = mem.take<float>(16 * ldr);
+    s.p = mem.take<float>(Shared::needs_products ? 16 * lds : 0), s.d = mem.take<float>(Shared::needs_products ? 16 * lds : 0);
+    return s;
+  };
+  float* z_s = reinterpret_cast<float*>(region + Shared::stages * Shared::stage);   // scratch of a slow block
+  int to_b = NB - 1, to_hq = 0, sent = 0;
+  auto send_rows = [&] {
+    if (to_b >= 0) {
+      const Stage s = stage(sent++);
+      const int64_t at = (first_item + to_hq) * C + to_b * 16;
+      const int64_t triangle = (first_item + to_hq) * Packed<Cfg>::elements;
+      Packed<Cfg>::template load_rows<threads>(s.a, ldr, saved.A1 + triangle, to_b);
+      Packed<Cfg>::template load_rows<threads>(s.b, ldr, saved.B + triangle, to_b);
+      if constexpr (Shared::needs_products)
+        load_matrix<threads, MP>(s.p, lds, saved.p + at * MP, 16), load_matrix<threads, MP>(s.d, lds, saved.do1 + at * MP, 16);
+      if (++to_hq == r) to_hq = 0, --to_b;
+    }
+    cp_async_commit();
+  };
+  gates.template load_R<threads>();
+  send_rows();
   const bool slow = gates.slow[warp];
   auto decay = [&](int b) {
 #pragma unroll
     for (int t = 0; t < MT; ++t) {
-      const float2 l = *reinterpret_cast<const float2*>(gates.lambda + b * MP + t * 8 + frag_col());
+      const float2 l = *reinterpret_cast<const float2*>(gates.lambda + b * MP + m0 + t * 8 + frag_col());
       ds[t][0] *= l.x, ds[t][1] *= l.y, ds[t][2] *= l.x, ds[t][3] *= l.y;
     }
   };
-  auto operand = [](float x) { return Gates<Cfg>::operand(x); };
 #pragma unroll 1
   for (int b = NB - 1; b >= 0; --b) {
     const bool earlier = warp < b, own = warp == b;
     if (earlier && gates.slow[b]) decay(b);
 #pragma unroll 1
     for (int hq = 0; hq < r; ++hq) {
-      const int64_t item = first_item + hq;
-      __syncthreads();
-      load_tile<threads, float, 16, C>(a_s, ldr, rows_of(saved.A1 + (item * C + b * 16) * C, C, DType::f32), 16, 0, C);
-      load_tile<threads, float, 16, C>(b_s, ldr, rows_of(saved.B + (item * C + b * 16) * C, C, DType::f32), 16, 0, C);
-      const float *prob = saved.p + (item * C + b * 16) * MP, *grad = saved.do1 + (item * C + b * 16) * MP;
-      if constexpr (Shared::needs_products) {
-        constexpr int steps = 16 * MP / 4 / threads;
+      const Stage s = stage(sent - 1);
+      cp_async_wait_for<0>();
+      if (sent == 1) __syncthreads();                       // R is here, other threads' parts of it too
+      if constexpr (Shared::needs_products) {               // p and do1 times R: every thread what it has brought itself
 #pragma unroll
-        for (int s = 0; s < steps; ++s) {
-          const int e = (s * threads + threadIdx.x) * 4, i = e / MP, m = e % MP;
+        for (int e = threadIdx.x * 4; e < 16 * MP; e += threads * 4) {
+          const int i = e / MP, m = e % MP;
           const float4 u = *reinterpret_cast<const float4*>(gates.R + (b * 16 + i) * ldu + m);
-          const float4 x = *reinterpret_cast<const float4*>(prob + e), y = *reinterpret_cast<const float4*>(grad + e);
-          *reinterpret_cast<float4*>(pu_s + i * lds + m) = make_float4(operand(x.x * u.x), operand(x.y * u.y), operand(x.z * u.z), operand(x.w * u.w));
-          *reinterpret_cast<float4*>(du_s + i * lds + m) = make_float4(operand(y.x * u.x), operand(y.y * u.y), operand(y.z * u.z), operand(y.w * u.w));
+          float4 &x = *reinterpret_cast<float4*>(s.p + i * lds + m), &y = *reinterpret_cast<float4*>(s.d + i * lds + m);
+          x = make_float4(operand(x.x * u.x), operand(x.y * u.y), operand(x.z * u.z), operand(x.w * u.w));
+          y = make_float4(operand(y.x * u.x), operand(y.y * u.y), operand(y.z * u.z), operand(y.w * u.w));
         }
       }
-      cp_async_wait();
       __syncthreads();
+      if (Shared::stages == 2) send_rows();
       if (Shared::needs_products && (earlier || (own && !slow))) {
         typename X::template Op<16> op;
-        X::template from_tile_t<16>(op, b_s + warp * 16, ldr);
-        X::template mma_nn<MT, 16>(ds, op, pu_s, lds);
-        X::template from_tile_t<16>(op, a_s + warp * 16, ldr);
-        X::template mma_nn<MT, 16>(ds, op, du_s, lds);
+        X::template from_tile_t<16>(op, s.b + warp * 16, ldr);
+        X::template mma_nn<MT, 16>(ds, op, s.p + m0, lds);
+        X::template from_tile_t<16>(op, s.a + warp * 16, ldr);
+        X::template mma_nn<MT, 16>(ds, op, s.d + m0, lds);
       } else if (own) {
-        const float* z = z_s + frag_row() * Shared::ldz + frag_col();
-        auto at = [](int t, int e) { return 8 * (e >> 1) * Shared::ldz + t * 8 + (e & 1); };
+        const int64_t at = ((first_item + hq) * C + b * 16) * MP;
+        const float* z = z_s + frag_row() * Shared::ldz + m0 + frag_col();
+        auto index = [](int t, int e) { return 8 * (e >> 1) * Shared::ldz + t * 8 + (e & 1); };
         const Gates<Cfg> copy = gates;
         if (hq == 0) {
-          decays_to_end<Cfg>(copy, z_s, b);
+          decays_to_end<Cfg>(copy, z_s, b, m0, m0 + MT * 8);
 #pragma unroll
           for (int t = 0; t < MT; ++t)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-              ds[t][e] *= z[at(t, e)];
-              inter[(warp * 16 + frag_row() + 8 * (e >> 1)) * MP + t * 8 + frag_col() + (e & 1)] *= z[at(t, e)];
+              ds[t][e] *= z[index(t, e)];
+              inter[(warp * 16 + frag_row() + 8 * (e >> 1)) * MP + m0 + t * 8 + frag_col() + (e & 1)] *= z[index(t, e)];
             }
         }
-        keys_block<Cfg>(copy, z_s, a_s + b * 16, b_s + b * 16, ldr, prob, grad, b, hq > 0);
+        keys_block<Cfg>(copy, z_s, s.a + b * 16, s.b + b * 16, ldr, saved.p + at, saved.do1 + at, b, m0, m0 + MT * 8, hq > 0);
         if (hq == r - 1) {
 #pragma unroll
           for (int t = 0; t < MT; ++t)
 #pragma unroll
-            for (int e = 0; e < 4; ++e) ds[t][e] += z[at(t, e)];
+            for (int e = 0; e < 4; ++e) ds[t][e] += z[index(t, e)];
         }
+      }
+      if (Shared::stages == 1) {
+        __syncthreads();
+        send_rows();
       }
     }
     if (earlier && !gates.slow[b]) decay(b);
@@ -529,73 +572,114 @@ __global__ __launch_bounds__(Cfg::threads, Cfg::MP == 64 && !Cfg::fp32 ? 3 : 1) 
 #pragma unroll
     for (int t = 0; t < MT; ++t)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) ds[t][e] = __fdividef(ds[t][e], gates.R[(warp * 16 + frag_row() + 8 * (e >> 1)) * ldu + t * 8 + frag_col() + (e & 1)]);
+      for (int e = 0; e < 4; ++e) ds[t][e] = __fdividef(ds[t][e], gates.R[(warp * 16 + frag_row() + 8 * (e >> 1)) * ldu + m0 + t * 8 + frag_col() + (e & 1)]);
   }
 
   // From here on element by element, four slots to a thread, tiles in shared memory: the rest of ds (from after the chunk, decayed to its row; the
-  // diagonal), and e - s ds, in R's place, for dg.
+  // diagonal); for dg, e - s ds, in R's place, and s times the ds from after the chunk.
   __syncthreads();
-  float *ds_s = reinterpret_cast<float*>(mem.p), *sum_s = gates.R;
+  float *ds_s = reinterpret_cast<float*>(region), *after_s = Cfg::small ? inter : ds_s + C * ldu, *sum_s = gates.R;
+  constexpr int lda = Cfg::small ? MP : ldu;
 #pragma unroll
   for (int t = 0; t < MT; ++t)
 #pragma unroll
     for (int e = 0; e < 4; e += 2)
-      *reinterpret_cast<float2*>(ds_s + (warp * 16 + frag_row() + 4 * e) * ldu + t * 8 + frag_col()) = make_float2(ds[t][e], ds[t][e + 1]);
+      *reinterpret_cast<float2*>(ds_s + (warp * 16 + frag_row() + 4 * e) * ldu + m0 + t * 8 + frag_col()) = make_float2(ds[t][e], ds[t][e + 1]);
   __syncthreads();
   const GateReader& reader = gates.reader;
+  const bool coupled = !reader.s.ptr;
   const float* diagonals = saved.diagonals + first_item * 2 * C;
-#pragma unroll 2
-  for (int x = threadIdx.x * 4; x < C * MP; x += threads * 4) {
-    const int j = x / MP, m = x % MP;
-    float s[4], rest[4], row[4] = {};
-    const bool coupled = !reader.s.ptr;
-    gather(s, coupled ? reader.g.ptr : reader.s.ptr, coupled ? reader.g.dtype : reader.s.dtype, (coupled ? reader.g.at(j) : reader.s.at(j)) + m, 1,
-           j < c.length ? p.M - m : 0);
-    *reinterpret_cast<float4*>(rest) = *reinterpret_cast<const float4*>(inter + x);
-    for (int b = NB - 1; b > j / 16; --b)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) rest[i] *= gates.lambda[b * MP + m + i];
-    if (!gates.slow[j / 16])
-#pragma unroll
-      for (int i = 0; i < 4; ++i) rest[i] = __fdividef(rest[i], sum_s[j * ldu + m + i]);
+  constexpr int elements = C * MP / (threads * 4), batch = elements % 4 == 0 ? 4 : elements % 2 == 0 ? 2 : 1;  // four slots each; loads of a batch go together
 #pragma unroll 1
-    for (int hq = 0; hq < r; ++hq) {
-      const int64_t at = (first_item + hq) * C * MP + x;
-      const float4 e = *reinterpret_cast<const float4*>(saved.e + at), u = *reinterpret_cast<const float4*>(saved.p + at),
-                   w = *reinterpret_cast<const float4*>(saved.do1 + at);
-      const float a1 = diagonals[hq * 2 * C + j], b1 = diagonals[(hq * 2 + 1) * C + j];
-      row[0] += e.x, row[1] += e.y, row[2] += e.z, row[3] += e.w;
-      rest[0] += b1 * u.x + a1 * w.x, rest[1] += b1 * u.y + a1 * w.y, rest[2] += b1 * u.z + a1 * w.z, rest[3] += b1 * u.w + a1 * w.w;
+  for (int x0 = threadIdx.x * 4; x0 < C * MP; x0 += threads * 4 * batch) {
+    float4 rest[batch], row[batch];
+    float s[batch][4];
+#pragma unroll
+    for (int k = 0; k < batch; ++k) {
+      const int x = x0 + k * threads * 4, j = x / MP, m = x % MP;
+      rest[k] = *reinterpret_cast<const float4*>(inter + x);
+      row[k] = make_float4(0.f, 0.f, 0.f, 0.f);
+      load4(s[k], coupled ? reader.g : reader.s, j, m, j < c.length ? p.M - m : 0);
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float& grad = ds_s[j * ldu + m + i];
-      sum_s[j * ldu + m + i] = row[i] - (coupled ? coupled_write(s[i]) : s[i]) * grad;
-      grad += rest[i];
+    for (int k = 0; k < batch; ++k) {
+      const int x = x0 + k * threads * 4, j = x / MP, m = x % MP;
+      float4 l = make_float4(1.f, 1.f, 1.f, 1.f);
+      for (int b = NB - 1; b > j / 16; --b) {
+        const float4 f = *reinterpret_cast<const float4*>(gates.lambda + b * MP + m);
+        l.x *= f.x, l.y *= f.y, l.z *= f.z, l.w *= f.w;
+      }
+      float4& sums = *reinterpret_cast<float4*>(sum_s + j * ldu + m);
+      if (!gates.slow[j / 16]) l.x = __fdividef(l.x, sums.x), l.y = __fdividef(l.y, sums.y), l.z = __fdividef(l.z, sums.z), l.w = __fdividef(l.w, sums.w);
+      rest[k].x *= l.x, rest[k].y *= l.y, rest[k].z *= l.z, rest[k].w *= l.w;
+      if (coupled)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[k][i] = coupled_write(s[k][i]);
+      *reinterpret_cast<float4*>(after_s + j * lda + m) = make_float4(s[k][0] * rest[k].x, s[k][1] * rest[k].y, s[k][2] * rest[k].z, s[k][3] * rest[k].w);
+    }
+#pragma unroll 1
+    for (int hq = 0; hq < r; ++hq) {
+      float4 e[batch], u[batch], w[batch];
+      float a1[batch], b1[batch];
+#pragma unroll
+      for (int k = 0; k < batch; ++k) {
+        const int x = x0 + k * threads * 4, j = x / MP;
+        const int64_t at = (first_item + hq) * C * MP + x;
+        e[k] = *reinterpret_cast<const float4*>(saved.e + at);
+        u[k] = *reinterpret_cast<const float4*>(saved.p + at);
+        w[k] = *reinterpret_cast<const float4*>(saved.do1 + at);
+        a1[k] = diagonals[hq * 2 * C + j], b1[k] = diagonals[(hq * 2 + 1) * C + j];
+      }
+#pragma unroll
+      for (int k = 0; k < batch; ++k) {
+        row[k].x += e[k].x, row[k].y += e[k].y, row[k].z += e[k].z, row[k].w += e[k].w;
+        rest[k].x += b1[k] * u[k].x + a1[k] * w[k].x, rest[k].y += b1[k] * u[k].y + a1[k] * w[k].y;
+        rest[k].z += b1[k] * u[k].z + a1[k] * w[k].z, rest[k].w += b1[k] * u[k].w + a1[k] * w[k].w;
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < batch; ++k) {
+      const int x = x0 + k * threads * 4, j = x / MP, m = x % MP;
+      float4 &grad = *reinterpret_cast<float4*>(ds_s + j * ldu + m), &sums = *reinterpret_cast<float4*>(sum_s + j * ldu + m);
+      sums = make_float4(row[k].x - s[k][0] * grad.x, row[k].y - s[k][1] * grad.y, row[k].z - s[k][2] * grad.z, row[k].w - s[k][3] * grad.w);
+      grad.x += rest[k].x, grad.y += rest[k].y, grad.z += rest[k].z, grad.w += rest[k].w;
     }
   }
   __syncthreads();
-  for (int m = threadIdx.x; m < MP; m += threads) {         // summed from the last row back
-    const float* after = saved.after + (c.slot * p.H + head) * C * MP + m;
-    float sum = 0.f;
+  for (int x = threadIdx.x; x < 2 * MP; x += threads) {
+    if (x < MP) {  // summed from the last row back
+      float sum = 0.f;
 #pragma unroll 16
-    for (int j = C - 1; j >= 0; --j) sum += sum_s[j * ldu + m], sum_s[j * ldu + m] = sum + after[j * MP];
+      for (int j = C - 1; j >= 0; --j) sum += sum_s[j * ldu + x], sum_s[j * ldu + x] = sum;
+    } else {  // from the first row on: exp(G_end) H dH_end, then the rows before
+      const int m = x - MP;
+      float sum = 0.f;
+      for (int i = 0; i < parts; ++i) sum += edge[i * MP + m];
+      for (int b = 0; b < NB; ++b) sum *= gates.lambda[b * MP + m];
+#pragma unroll 16
+      for (int j = 0; j < C; ++j) {
+        const float term = after_s[j * lda + m];
+        after_s[j * lda + m] = sum, sum += term;
+      }
+    }
   }
   __syncthreads();
   const Rows ds_rows = rows_of(p.ds, c, head), dg_rows = rows_of(p.dg, c, head);
 #pragma unroll 2
   for (int x = threadIdx.x * 4; x < C * MP; x += threads * 4) {
     const int j = x / MP, m = x % MP, n = j < c.length ? p.M - m : 0;
-    float a[4], grad[4], sum[4];
-    gather(a, reader.g.ptr, reader.g.dtype, reader.g.at(j) + m, 1, n);
+    float a[4], sum[4];
+    load4(a, reader.g, j, m, n);
+    const float4 before = *reinterpret_cast<const float4*>(sum_s + j * ldu + m), after = *reinterpret_cast<const float4*>(after_s + j * lda + m);
+    const float4 v = *reinterpret_cast<const float4*>(ds_s + j * ldu + m);
+    const float grad[4] = {v.x, v.y, v.z, v.w}, total[4] = {before.x + after.x, before.y + after.y, before.z + after.z, before.w + after.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       a[i] = GateReader::decay(a[i]);
-      grad[i] = ds_s[j * ldu + m + i];
-      sum[i] = a[i] == 0.f ? 0.f : sum_s[j * ldu + m + i];  // a reset forgets whatever the gate would have changed
-      if (!p.ds.ptr) sum[i] -= a[i] * grad[i];              // coupled: s = 1 - exp(g)
+      sum[i] = a[i] == 0.f ? 0.f : total[i];  // a reset forgets whatever the gate would have changed
+      if (coupled) sum[i] -= a[i] * grad[i];  // s = 1 - exp(g)
     }
-    if (p.ds.ptr) store4(p.ds, ds_rows.at(j) + m, grad, n);
+    if (!coupled) store4(p.ds, ds_rows.at(j) + m, grad, n);
     store4(p.dg, dg_rows.at(j) + m, sum, n);
   }
 }
@@ -615,6 +699,7 @@ void chunk_backward(const BackwardParams& p) {
     const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, Cfg::C);
     const States states = forward_states(p, nullptr, nullptr, !p.boundary);
     saved.states = states.boundary;
+    saved.gate_tiles = states.gate_tiles;
     launch("backward_queries", backward_queries<Cfg>, slots * p.HQ, Cfg::threads, RowsShared<Cfg>::bytes, p.stream, p, saved);
 
     ScanParams a{};
@@ -627,7 +712,7 @@ void chunk_backward(const BackwardParams& p) {
     a.decay = states.decay;
     const int64_t slices = ceil_div(p.K, kStateRows) + ceil_div(p.V, kStateRows);
     launch("state_scan (backward)", state_scan<Cfg, true>, p.N * p.H * slices, 128, ScanShared<Cfg>::bytes, p.stream, a);
-    launch("backward_keys", backward_keys<Cfg>, slots * p.H, Cfg::threads, KeysShared<Cfg>::bytes, p.stream, p, saved);
+    launch("backward_keys", backward_keys<Cfg>, slots * p.H, KeysShared<Cfg>::threads, KeysShared<Cfg>::bytes, p.stream, p, saved);
   });
 }
 

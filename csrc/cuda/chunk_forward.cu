@@ -7,7 +7,7 @@
 //     o  = A2 v + (p exp(G)) Hv                                           [C x V]
 //
 // A block has one chunk of one query head, a warp 16 of its rows; A1, o1, p, A2 never leave registers. Diagonals (j = i) are added in fp32.
-// Shared memory: gates (R, lambda), S [C][MP], and a region for the slices of q, k, Hk (then v, Hv) that slow blocks use as scratch in between.
+// Shared memory: core/tile_io.cuh, RowsShared.
 #include "core/scan.cuh"
 #include "core/select.cuh"
 #include "core/tile_io.cuh"
@@ -17,7 +17,8 @@ namespace gsa::cuda {
 namespace {
 
 template <class Cfg>
-__global__ __launch_bounds__(Cfg::threads) void chunk_output(const __grid_constant__ ForwardParams p, const void* boundary) {
+__global__ __launch_bounds__(Cfg::threads, Cfg::blocks_per_sm) void chunk_output(const __grid_constant__ ForwardParams p, const void* boundary,
+                                                                                 const float* gate_tiles) {
   using E = typename Cfg::E;
   using A = Arith<E>;
   constexpr int C = Cfg::C, MP = Cfg::MP, MT = Cfg::MT, CT = Cfg::CT, DS = Cfg::DS, DT = Cfg::DT, NB = Cfg::NB, ldm = Cfg::ldm, ldd = Cfg::ldd;
@@ -28,37 +29,36 @@ __global__ __launch_bounds__(Cfg::threads) void chunk_output(const __grid_consta
 
   extern __shared__ __align__(16) char shared[];
   Arena mem{shared};
-  Gates<Cfg> gates(mem, p, c, head);
+  Gates<Cfg> gates(mem, p, c, head, gate_tiles);
   float* S = RowsShared<Cfg>::needs_S ? mem.take<float>(C * Cfg::lds) : nullptr;
-  float* x_scratch = mem.take<float>(NB * Triangle<Cfg>::x_floats) + warp * Triangle<Cfg>::x_floats;
-  char* region = mem.p;
-  float* y_scratch = reinterpret_cast<float*>(region + (Cfg::fp32 ? RowsShared<Cfg>::slices : 0)) + warp * Triangle<Cfg>::y_floats;
-  Arena slices{region};
-  E* x_s = slices.take<E>(C * ldd);                        // q
-  E* y_s = slices.take<E>(C * ldd);                        // k, v
-  E* h_s = slices.take<E>(DS * ldm);                       // Hk, Hv
   const E* states = static_cast<const E*>(boundary) + (c.slot * p.H + head) * (p.K + p.V) * p.M;
-  const Triangle<Cfg> triangle{gates, S, x_scratch, y_scratch, warp};
-
-  gates.fill(S, Cfg::lds);
+  auto pass_of = [&](int pass) -> Pass {                   // (q, k, Hk), then (v, Hv)
+    return {pass ? Rows{} : rows_of(p.q, c, q_head),
+            rows_of(pass ? p.v : p.k, c, head),
+            rows_of(states + (pass ? int64_t(p.K) * p.M : 0), p.M, tile_dtype<Cfg>()),
+            pass ? p.V : p.K,
+            c.length,
+            p.M};
+  };
+  Ring<Cfg> ring{mem.p};
+  ring.open(pass_of(0));
+  gates.template load<Cfg::threads>();
+  gates.template load_R<Cfg::threads>();
+  if (S) gates.template load_S<Cfg::threads>(S, Cfg::lds);
+  ring.send(2, pass_of);
 
   float o1[MT][4], x[CT][4];
   zero(o1);
   zero(x);
+#pragma unroll 1
   for (int d = 0; d < p.K; d += DS) {
-    __syncthreads();
-    load_tile<Cfg::threads, E, C, DS>(x_s, ldd, rows_of(p.q, c, q_head), c.length, d, p.K);
-    load_tile<Cfg::threads, E, C, DS>(y_s, ldd, rows_of(p.k, c, head), c.length, d, p.K);
-    load_tile<Cfg::threads, E, DS, MP>(h_s, ldm, rows_of(states + int64_t(d) * p.M, p.M, DType(p.math == Math::exact ? DType::f32 : p.q.dtype)), p.K - d, 0,
-                                       p.M);
-    cp_async_wait();
-    __syncthreads();
+    const auto s = ring.next(2, pass_of);
     typename A::template Op<DS> q;
-    A::template from_tile<DS>(q, x_s + warp * 16 * ldd, ldd);
+    A::template from_tile<DS>(q, s.x + warp * 16 * ldd, ldd);
 #pragma unroll
     for (int J = 0; J < NB; ++J)
-      if (J <= warp) A::template mma_nt<2, DS>(x + 2 * J, q, y_s + J * 16 * ldd, ldd);
-    A::template mma_nn<MT, DS>(o1, q, h_s, ldm);
+      if (J <= warp) A::template mma_nt<2, DS>(x + 2 * J, q, s.y + J * 16 * ldd, ldd);
+    A::template mma_nn<MT, DS>(o1, q, s.h, ldm);
   }
   const float scale = static_cast<float>(p.scale);
 #pragma unroll
@@ -70,7 +70,8 @@ __global__ __launch_bounds__(Cfg::threads) void chunk_output(const __grid_consta
 #pragma unroll
     for (int e = 0; e < 4; ++e) x[t][e] *= scale;
 
-  __syncthreads();                                         // the slices' room becomes scratch
+  __syncthreads();                                         // scratch is free
+  const Triangle<Cfg> triangle{gates, S, ring.x_scratch(warp), ring.y_scratch(warp), warp};
   float d[2];
   triangle.split_diagonal(x, d);
   triangle.apply(o1, x);
@@ -82,36 +83,33 @@ __global__ __launch_bounds__(Cfg::threads) void chunk_output(const __grid_consta
 
   typename A::template Split<C> a2;
   typename A::template Op<MP> pg;
-  A::template from_acc_split<C>(a2, x, x_scratch, Cfg::ldx);
-  A::template from_acc<MP>(pg, o1, y_scratch, Triangle<Cfg>::ldy);
+  A::template from_acc_split<C>(a2, x, ring.x_scratch(warp), Cfg::ldx);
+  A::template from_acc<MP>(pg, o1, ring.y_scratch(warp), Triangle<Cfg>::ldy);
+#pragma unroll 1
   for (int v = 0; v < p.V; v += DS) {
-    __syncthreads();
-    load_tile<Cfg::threads, E, C, DS>(y_s, ldd, rows_of(p.v, c, head), c.length, v, p.V);
-    load_tile<Cfg::threads, E, DS, MP>(h_s, ldm, rows_of(states + int64_t(p.K + v) * p.M, p.M, DType(p.math == Math::exact ? DType::f32 : p.q.dtype)), p.V - v,
-                                       0, p.M);
-    cp_async_wait();
-    __syncthreads();
+    const auto s = ring.next(2, pass_of);
     float o[DT][4];
     zero(o);
 #pragma unroll
     for (int J = 0; J < NB; ++J)
-      if (J <= warp) A::template mma_nn<DT, 16>(o, a2.block(J), y_s + J * 16 * ldd, ldd);
-    A::template mma_nt<DT, MP>(o, pg, h_s, ldm);
+      if (J <= warp) A::template mma_nn<DT, 16>(o, a2.block(J), s.y + J * 16 * ldd, ldd);
+    A::template mma_nt<DT, MP>(o, pg, s.h, ldm);
     store_rows<E, DT>(rows_of(p.o, c, q_head), o, warp * 16, c.length, v, p.V);
   }
 }
 
-// Workspace of the boundary states: the right factors of the sweep, then (where they are not kept) the states themselves.
+// Workspace of forward_states: the right factors of the sweep, the chunk decays, the gate tiles, and (where they are not kept) the states themselves.
 struct StatePlan {
-  int64_t decay, states, bytes;     // offsets; the factors are at 0
+  int64_t decay, tiles, states, bytes;   // offsets; the factors are at 0
 };
 StatePlan state_plan(const Params& p) {
   StatePlan s{};
   select_config(p, [&]<class Cfg>() {
-    const int64_t tiles = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, Cfg::C) * p.H;
-    s.decay = arena(tiles * Cfg::C * Cfg::MP, sizeof(typename Cfg::E));
-    s.states = s.decay + arena(tiles * Cfg::MP, 4);
-    s.bytes = s.states + (p.boundary ? 0 : arena(tiles * (p.K + p.V) * p.M, sizeof(typename Cfg::E)));
+    const int64_t n = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, Cfg::C) * p.H;
+    s.decay = arena(n * Cfg::C * Cfg::MP, sizeof(typename Cfg::E));
+    s.tiles = s.decay + arena(n * Cfg::MP, 4);
+    s.states = s.tiles + arena(n * GateTile<Cfg>::floats, 4);
+    s.bytes = s.states + (p.boundary ? 0 : arena(n * (p.K + p.V) * p.M, sizeof(typename Cfg::E)));
   });
   return s;
 }
@@ -123,11 +121,11 @@ int64_t forward_workspace(const Params& p) { return state_plan(p).bytes; }
 States forward_states(const Params& p, void* hkT, void* hvT, bool recompute) {
   char* base = static_cast<char*>(p.workspace);
   const StatePlan at = state_plan(p);
-  States s{p.boundary ? p.boundary : base + at.states, reinterpret_cast<const float*>(base + at.decay)};
+  States s{p.boundary ? p.boundary : base + at.states, reinterpret_cast<const float*>(base + at.decay), reinterpret_cast<const float*>(base + at.tiles)};
   select_config(p, [&]<class Cfg>() {
     const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, Cfg::C);
-    WritesParams w{p, base, reinterpret_cast<float*>(base + at.decay)};
-    launch("chunk_writes", chunk_writes<Cfg>, slots * p.H, 128, 0, p.stream, w);
+    GatesParams w{p, base, reinterpret_cast<float*>(base + at.decay), reinterpret_cast<float*>(base + at.tiles)};
+    launch("chunk_gates", chunk_gates<Cfg>, slots * p.H, gates_threads<Cfg>, 0, p.stream, w);
     if (!recompute) return;
     ScanParams a{};
     a.base = p;
@@ -148,7 +146,8 @@ void chunk_forward(const ForwardParams& p) {
   const States s = forward_states(p, p.hkT, p.hvT, true);
   select_config(p, [&]<class Cfg>() {
     const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, Cfg::C);
-    launch("chunk_output", chunk_output<Cfg>, slots * p.HQ, Cfg::threads, RowsShared<Cfg>::bytes, p.stream, p, static_cast<const void*>(s.boundary));
+    launch("chunk_output", chunk_output<Cfg>, slots * p.HQ, Cfg::threads, RowsShared<Cfg>::bytes, p.stream, p, static_cast<const void*>(s.boundary),
+           s.gate_tiles);
   });
 }
 

@@ -1,155 +1,451 @@
-// One token of decoding, states updated in place. A block has one row of the batch and one key/value head:
+// One token of decoding, states updated in place. A cluster of `split` blocks (one block where the states are small) has one row of the batch and one
+// key/value head, for all r query heads of the group:
 //
 //     Hk[k, m] <- Hk[k, m] a[m] + k[k] s[m]        o1[m] = scale sum_k Hk[k, m] q[k]
 //     p = softmax(o1)
 //     Hv[m, v] <- Hv[m, v] a[m] + s[m] v[v]        o[v]  = sum_m p[m] Hv[m, v]
 //
-// Each state is read and written once; the r query heads of the group go through together, kHeads at a time. Threads are laid out as TX columns
-// of W neighbouring elements by TY rows; partial sums over the rows meet in shared memory.
+// A block owns a slice of the rows of Hk and a slice of the columns of Hv: all it needs of the others is the sum of o1 over the slices (Exchange); the softmax
+// each does for itself. Where there are no clusters (below sm_90) split is 1.
+//
+// What counts is bytes on their way. A thread has W neighbouring columns (16 bytes) of every TY-th row of a slice, and fetches them by asynchronous copies
+// ROWS at a time, STAGES - 1 ahead, from Hk on into Hv (Stream), so that memory works while the block sums and waits. Each state is read once and written
+// once; heads beyond HEADS take another turn through the states as they were, only the last turn writes.
+//
+//     the first rows of Hk on their way; gates, k, v, q -> shared memory     all              barrier
+//     Hk: update, partial o1 -> `partial`                                     all              barrier
+//     (split > 1: sum over `partial` -> every rank's `sums`)                  all              mbarrier
+//     sum of what there is of o1, softmax -> `prob`                           a warp a head    barrier
+//     Hv: update, partial o -> `partial`; sum -> o                            all              barriers
+//
+// The order of every sum follows from the shape alone: neither the batch nor a row's place in it changes a bit.
+#include <algorithm>
+#include <atomic>
+
 #include "core/chunk.cuh"
 
 namespace gsa::cuda {
 namespace {
 
-constexpr int kThreads = 256, kHeads = 4;
+constexpr int kMaxSplit = 8;                               // what every GPU with clusters allows
+// Bytes of state for a block, where clusters make it possible. Small blocks are quicker alone; with several heads to a group the exchange costs more.
+constexpr int64_t block_bytes(int heads) { return heads == 1 ? 32 * 1024 : 64 * 1024; }
+constexpr int kSlots = 8;                                  // of a lane in the softmax: M <= 256
 
 template <class T, int W>
 struct alignas(sizeof(T) * W) Pack {
   T x[W];
+  __device__ float get(int w) const { return to_float(x[w]); }
+  __device__ static Pack of(const float (&f)[W]) {
+    Pack p;
+#pragma unroll
+    for (int w = 0; w < W; ++w) p.x[w] = from_float<T>(f[w]);
+    return p;
+  }
+};
+// Two to a register: as 16-bit variables they would take one each.
+template <int W>
+  requires(W % 2 == 0)
+struct alignas(2 * W) Pack<bf16, W> {
+  uint32_t x[W / 2];
+  __device__ float get(int w) const { return __uint_as_float(w % 2 ? x[w / 2] & 0xffff0000u : x[w / 2] << 16); }
+  __device__ static Pack of(const float (&f)[W]) {
+    Pack p;
+#pragma unroll
+    for (int w = 0; w < W; w += 2) p.x[w / 2] = pack<bf16>(f[w], f[w + 1]);
+    return p;
+  }
 };
 
-// H [rows][cols] <- H gate + outer product; out[h][col] = sum_row weight[h][row] H[row][col] for `heads` heads (<= kHeads).
-// update = false: a later group of heads, the state is read only. by_row: gate and write belong to the rows (Hv), else to the columns (Hk).
-template <class T, int W, bool by_row>
-__device__ void sweep(T* H, int rows, int cols, const float* gate, const float* write, const float* x, const float* weight, int heads, bool update, float* out,
-                      float* partial) {
-  const int groups = (cols + W - 1) / W, TX = groups < kThreads ? groups : kThreads, TY = kThreads / TX;
-  const int tx = threadIdx.x % TX, ty = threadIdx.x / TX;
-  for (int g0 = 0; g0 < groups; g0 += TX) {
-    const int g = g0 + tx;
-    const bool active = ty < TY && g < groups;
-    float acc[kHeads][W] = {};
-    if (active) {
-      for (int i = ty; i < rows; i += TY) {
-        Pack<T, W>* at = reinterpret_cast<Pack<T, W>*>(H + int64_t(i) * cols + g * W);
-        Pack<T, W> h = *at;
-        float f[W];
+// ------------------------------------------------------------------------------------------------------------ clusters
+
+// The sums of o1 over the slices: every rank sends its own to all, and waits for all of them. Stores that count themselves in at an mbarrier of the
+// receiver need no fence, which would wait for the stores to the states too. Two buffers, used in turn: who sends into one for the second time has heard
+// from everybody since, so everybody is done with what it held.
+struct Exchange {
+  float* sums;                                             // [2][split][size], of this block
+  uint64_t* arrived;                                       // [2] mbarriers
+  int split, rank, size;
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  __device__ static uint32_t address(const void* shared) { return static_cast<uint32_t>(__cvta_generic_to_shared(shared)); }
+  __device__ void expect(int turn) const {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(arrived + turn)), "r"(split * size * 4) : "memory");
+  }
+  __device__ void open() const {                           // one thread
+    for (int turn = 0; turn < 2; ++turn) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(arrived + turn)) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    for (int turn = 0; turn < 2; ++turn) expect(turn);
+  }
+  // All threads; nobody sends before everybody is there.
+  __device__ static void here(bool ordered) {              // ordered: and what was read before is read
+    if (ordered) asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+    else asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+  }
+  __device__ static void all_here() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+  __device__ void send(int turn, int e, float x) const {
+    const uint32_t data = address(sums + (turn * split + rank) * size + e), barrier = address(arrived + turn);
+    for (int to = 0; to < split; ++to)
+      asm volatile(
+          "{\n"
+          ".reg .b32 data, barrier;\n"
+          "mapa.shared::cluster.u32 data, %0, %3;\n"
+          "mapa.shared::cluster.u32 barrier, %1, %3;\n"
+          "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [data], %2, [barrier];\n"
+          "}" ::"r"(data),
+          "r"(barrier), "r"(__float_as_uint(x)), "r"(to)
+          : "memory");
+  }
+  __device__ void wait(int turn, int uses) const {         // uses: how often this buffer has been filled before
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}" ::"r"(address(arrived + turn)),
+        "r"(uses & 1)
+        : "memory");
+  }
+#else
+  __device__ void open() const {}
+  __device__ void expect(int) const {}
+  __device__ static void here(bool) {}
+  __device__ static void all_here() {}
+  __device__ void send(int, int, float) const {}
+  __device__ void wait(int, int) const {}
+#endif
+};
+
+// ------------------------------------------------------------------------------------------------------------ a thread's part of a slice
+
+// Rows first, first + stride, ... (`count` of them) of W columns that begin at `at`.
+template <class T, int W, int THREADS>
+struct Part {
+  T* at;
+  int first, stride, count, column, step;                  // step: elements from one of the thread's rows to the next
+
+  __device__ Part(T* slice, int rows, int columns, int ld) {
+    const int TX = (columns + W - 1) / W, tx = threadIdx.x % TX;
+    stride = THREADS / TX, first = threadIdx.x / TX, column = tx * W;
+    count = first < stride && first < rows ? (rows - first + stride - 1) / stride : 0;
+    at = slice + first * ld + column;
+    step = stride * ld;
+  }
+  // partial [stride][HEADS][columns]
+  template <int HEADS>
+  __device__ void leave(float* partial, int columns, const float (&acc)[HEADS][W]) const {
+    if (first >= stride) return;
 #pragma unroll
-        for (int w = 0; w < W; ++w) f[w] = to_float(h.x[w]);
-        if (update) {
+    for (int h = 0; h < HEADS; ++h) *reinterpret_cast<Pack<float, W>*>(partial + (first * HEADS + h) * columns + column) = Pack<float, W>::of(acc[h]);
+  }
+};
+
+template <int BYTES>
+__device__ inline void copy_async(void* dst, const void* src) {
+  const uint32_t d = static_cast<uint32_t>(__cvta_generic_to_shared(dst));
+  if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(d), "l"(src) : "memory");
+  else if constexpr (BYTES == 2) *static_cast<uint16_t*>(dst) = *static_cast<const uint16_t*>(src);
+  else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(d), "l"(src), "n"(BYTES) : "memory");
+}
+
+// The rows of both parts, `turns` times Hk's and then Hv's, ROWS at a time, STAGES - 1 of these ahead. A thread reads back what it has fetched itself, so
+// that nobody waits for anybody.
+template <class T, int W, int ROWS, int STAGES, int THREADS>
+struct Stream {
+  using P = Pack<T, W>;
+  const Part<T, W, THREADS>&hk, &hv;
+  P* slots;                                                // [STAGES][ROWS][threads], this thread's
+  int left, next = 0, to = 0, from = 0;
+  bool values;
+
+  __device__ Stream(const Part<T, W, THREADS>& hk, const Part<T, W, THREADS>& hv, void* shared, int turns)
+      : hk(hk), hv(hv), slots(static_cast<P*>(shared) + threadIdx.x), values(hk.count == 0) {
+    left = turns * ((hk.count + ROWS - 1) / ROWS + (hv.count + ROWS - 1) / ROWS);
+#pragma unroll
+    for (int i = 0; i < STAGES - 1; ++i) fetch();
+  }
+  __device__ void fetch() {
+    if (left > 0) {
+      const T* at = (values ? hv.at : hk.at);
+      const int step = values ? hv.step : hk.step, count = values ? hv.count : hk.count;
+#pragma unroll
+      for (int i = 0; i < ROWS; ++i)
+        if (next + i < count) copy_async<sizeof(P)>(slots + (to * ROWS + i) * THREADS, at + (next + i) * step);
+      next += ROWS, --left;
+      if (next >= count) next = 0, values = hk.count == 0 || (hv.count > 0 && !values);
+      to = to + 1 == STAGES ? 0 : to + 1;
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  }
+  __device__ void take(P (&x)[ROWS]) {
+    asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) x[i] = slots[(from * ROWS + i) * THREADS];
+    from = from + 1 == STAGES ? 0 : from + 1;
+    fetch();
+  }
+
+  // f <- H gate + outer product, kept in memory when `store`; acc[h][w] = sum of weight[row][h] f. by_row: the gate belongs to the rows (Hv), else to the
+  // columns (Hk). row_gate, row_factor, weight: by row; gate, factor: by column.
+  template <bool by_row, int HEADS>
+  __device__ void advance(const float* row_gate, const float* row_factor, const float* weight, const float* gate, const float* factor, bool store,
+                          float (&acc)[HEADS][W]) {
+    const Part<T, W, THREADS>& part = by_row ? hv : hk;
+    float column_gate[W], column_factor[W];
+#pragma unroll
+    for (int w = 0; w < W; ++w) {
+      column_gate[w] = by_row ? 1.f : gate[part.column + w];
+      column_factor[w] = factor[part.column + w];
+#pragma unroll
+      for (int h = 0; h < HEADS; ++h) acc[h][w] = 0.f;
+    }
+#pragma unroll 1
+    for (int i0 = 0; i0 < part.count; i0 += ROWS) {
+      P x[ROWS];
+      take(x);
+#pragma unroll
+      for (int i = 0; i < ROWS; ++i)
+        if (i0 + i < part.count) {
+          const int row = part.first + (i0 + i) * part.stride;
+          const float y = row_factor[row], a = by_row ? row_gate[row] : 0.f;
+          const Pack<float, HEADS> q = reinterpret_cast<const Pack<float, HEADS>*>(weight)[row];
+          float f[W];
 #pragma unroll
           for (int w = 0; w < W; ++w) {
-            const int c = g * W + w;
-            f[w] = by_row ? f[w] * gate[i] + write[i] * x[c] : f[w] * gate[c] + x[i] * write[c];
-            h.x[w] = from_float<T>(f[w]);
+            f[w] = fmaf(x[i].get(w), by_row ? a : column_gate[w], y * column_factor[w]);
+#pragma unroll
+            for (int h = 0; h < HEADS; ++h) acc[h][w] = fmaf(q.x[h], f[w], acc[h][w]);
           }
-          *at = h;
+          if (store) *reinterpret_cast<P*>(part.at + (i0 + i) * part.step) = P::of(f);
         }
-        for (int q = 0; q < heads; ++q) {
-          const float y = weight[q * rows + i];
+    }
+  }
+};
+
+// ------------------------------------------------------------------------------------------------------------ inputs
+
+// One element of [B, heads, dim] on its way to a register: between load and get, others can be sent off.
+struct Element {
+  uint32_t bits = 0;
+  __device__ Element() {}
+  __device__ Element(const View& x, int64_t b, int64_t head, int i, bool valid) {
+    if (!valid || !x.ptr) return;
+    const int64_t at = b * x.batch + head * x.head + i;
+    if (x.dtype == DType::f32) bits = static_cast<const uint32_t*>(x.ptr)[at];
+    else bits = static_cast<const uint16_t*>(x.ptr)[at];
+  }
+  __device__ float get(const View& x) const {
+    return x.dtype == DType::f32 ? __uint_as_float(bits) : x.dtype == DType::bf16 ? __uint_as_float(bits << 16) : to_float(__ushort_as_half(bits));
+  }
+};
+template <int HEADS>
+struct Queries {                                           // component i of the queries of `count` heads, scaled; 0 for the others
+  Element x[HEADS];
+  __device__ Queries(const StepParams& p, int64_t b, int64_t first, int count, int i, bool valid) {
 #pragma unroll
-          for (int w = 0; w < W; ++w) acc[q][w] = fmaf(y, f[w], acc[q][w]);
-        }
+    for (int h = 0; h < HEADS; ++h) x[h] = Element(p.q, b, first + h, i, valid && h < count);
+  }
+  __device__ void put(float* to, const StepParams& p) const {
+    float f[HEADS];
+#pragma unroll
+    for (int h = 0; h < HEADS; ++h) f[h] = x[h].get(p.q) * static_cast<float>(p.scale);
+    *reinterpret_cast<Pack<float, HEADS>*>(to) = Pack<float, HEADS>::of(f);
+  }
+};
+
+// ------------------------------------------------------------------------------------------------------------ the kernel
+
+template <class T, int W, int HEADS, int ROWS, int STAGES, int THREADS, int BLOCKS>
+__global__ __launch_bounds__(THREADS, BLOCKS) void step_kernel(const __grid_constant__ StepParams p, const int split) {
+  const int rank = blockIdx.x % split;
+  const int64_t b = blockIdx.x / split / p.H, head = blockIdx.x / split % p.H;
+  const int r = p.HQ / p.H, K = p.K, V = p.V, M = p.M;
+  const int k_slice = (K + split - 1) / split, v_slice = (V + W * split - 1) / (W * split) * W;
+  const int k0 = min(rank * k_slice, K), v0 = min(rank * v_slice, V), rows = min(k_slice, K - k0), columns = min(v_slice, V - v0);
+  int64_t row = b;
+  if (p.state_indices) row = p.indices_64 ? static_cast<const int64_t*>(p.state_indices)[b] : static_cast<const int32_t*>(p.state_indices)[b];
+  if (row < 0 || row >= p.P) {                             // padding: nothing is read
+    for (int e = threadIdx.x; e < r * columns; e += THREADS)
+      store_as(p.o.ptr, b * p.o.batch + (head * r + e / columns) * p.o.head + v0 + e % columns, p.o.dtype, 0.f);
+    return;
+  }
+  const int64_t state = row * p.H + head;
+  Part<T, W, THREADS> hk(static_cast<T*>(p.hk) + (state * K + k0) * M, rows, M, M);
+  Part<T, W, THREADS> hv(static_cast<T*>(p.hv) + state * M * V + v0, columns > 0 ? M : 0, max(columns, 1), V);
+
+  extern __shared__ __align__(16) char shared[];
+  Stream<T, W, ROWS, STAGES, THREADS> stream(hk, hv, shared, (r + HEADS - 1) / HEADS);
+  Arena mem{shared + STAGES * ROWS * THREADS * int(sizeof(Pack<T, W>))};
+  float* gate = mem.take<float>(M);
+  float* write = mem.take<float>(M);
+  float* k = mem.take<float>(k_slice);
+  float* v = mem.take<float>(v_slice);
+  float* q = mem.take<float>(HEADS * k_slice);
+  float* prob = mem.take<float>(HEADS * M);
+  float* partial = mem.take<float>(HEADS * W * THREADS);
+  const int size = HEADS * M;
+  float* sums = split > 1 ? mem.take<float>(2 * split * size) : nullptr;
+  const Exchange exchange{sums, split > 1 ? mem.take<uint64_t>(2) : nullptr, split, rank, size};
+  if (split > 1 && threadIdx.x == 0) exchange.open();
+
+  const int longest = max(M, max(k_slice, v_slice));
+#pragma unroll 1
+  for (int i = threadIdx.x; i < longest; i += THREADS) {
+    const Element ge(p.g, b, head, i, i < M), se(p.s, b, head, i, i < M), ke(p.k, b, head, k0 + i, i < rows), ve(p.v, b, head, v0 + i, i < columns);
+    const Queries<HEADS> qe(p, b, head * r, r, k0 + i, i < rows);
+    const float z = !p.g.ptr && i < M ? to_float(static_cast<const T*>(p.z)[state * M + i]) : 0.f;
+    if (i < rows) k[i] = ke.get(p.k), qe.put(q + i * HEADS, p);
+    if (i < columns) v[i] = ve.get(p.v);
+    if (i >= M) continue;
+    const float g = ge.get(p.g), e = se.get(p.s);
+    float a = 1.f, s = 0.f, next = z;
+    if (p.g.ptr) {
+      a = expf(g), s = p.s.ptr ? e : -expm1f(g);
+    } else if (e != -INFINITY) {                           // ABC: see abc.cu
+      if (z == -INFINITY) {
+        a = 0.f, s = 1.f, next = e;
+      } else {
+        const float d = e - z, x = expf(-fabsf(d)), l = log1pf(x);
+        s = d > 0.f ? 1.f / (1.f + x) : x / (1.f + x);
+        a = d > 0.f ? x / (1.f + x) : 1.f / (1.f + x);
+        next = d > 0.f ? e + l : z + l;
       }
+    }
+    gate[i] = a, write[i] = s, prob[i] = next;
+  }
+  if (split > 1) Exchange::here(!p.g.ptr);                 // and z is read
+
+#pragma unroll 1
+  for (int h0 = 0, turn = 0; h0 < r; h0 += HEADS, turn ^= 1) {
+    const int heads = min(HEADS, r - h0);
+    const bool last = h0 + HEADS >= r;                     // until then every turn starts from the states as they were
+    if (h0 > 0)
+      for (int i = threadIdx.x; i < rows; i += THREADS) Queries<HEADS>(p, b, head * r + h0, heads, k0 + i, true).put(q + i * HEADS, p);
+    __syncthreads();
+    if (h0 == 0) {
+      if (split > 1) Exchange::all_here();
+      if (!p.g.ptr && rank == 0)
+        for (int m = threadIdx.x; m < M; m += THREADS) static_cast<T*>(p.z)[state * M + m] = from_float<T>(prob[m]);
+    }
+
+    float acc[HEADS][W];
+    stream.template advance<false, HEADS>(nullptr, k, q, gate, write, last, acc);
+    hk.template leave<HEADS>(partial, M, acc);
+    __syncthreads();
+    const float* parts = partial;
+    int count = hk.stride;
+    if (split > 1) {
+      for (int e = threadIdx.x; e < size; e += THREADS) {
+        float sum = 0.f;
+#pragma unroll 4
+        for (int i = 0; i < count; ++i) sum += partial[i * size + e];
+        exchange.send(turn, e, sum);
+      }
+      exchange.wait(turn, h0 / HEADS / 2);
+      parts = sums + turn * split * size, count = split;
+    }
+    for (int h = threadIdx.x / 32; h < HEADS; h += THREADS / 32) {
+      float x[kSlots], top = -INFINITY, total = 0.f;
 #pragma unroll
-      for (int q = 0; q < kHeads; ++q)
+      for (int j = 0; j < kSlots; ++j) {
+        const int m = lane_id() + 32 * j;
+        x[j] = -INFINITY;
+        if (m < M) {
+          x[j] = 0.f;
+#pragma unroll 2
+          for (int i = 0; i < count; ++i) x[j] += parts[(i * HEADS + h) * M + m];
+        }
+        top = fmaxf(top, x[j]);
+      }
+      for (int i = 16; i; i /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, i));
 #pragma unroll
-        for (int w = 0; w < W; ++w) partial[(q * kThreads + threadIdx.x) * W + w] = acc[q][w];
+      for (int j = 0; j < kSlots; ++j) {
+        x[j] = lane_id() + 32 * j < M ? expf(x[j] - top) : 0.f;
+        total += x[j];
+      }
+      for (int i = 16; i; i /= 2) total += __shfl_xor_sync(0xffffffffu, total, i);
+      const float inverse = 1.f / total;
+#pragma unroll
+      for (int j = 0; j < kSlots; ++j)
+        if (const int m = lane_id() + 32 * j; m < M) prob[m * HEADS + h] = x[j] * inverse;
     }
     __syncthreads();
-    for (int e = threadIdx.x; e < heads * TX * W; e += kThreads) {
-      const int q = e / (TX * W), c = g0 * W + e % (TX * W);
+    if (split > 1 && threadIdx.x == 0) exchange.expect(turn);   // its next use
+
+    stream.template advance<true, HEADS>(gate, write, prob, nullptr, v, last, acc);
+    hv.template leave<HEADS>(partial, columns, acc);
+    __syncthreads();
+    for (int e = threadIdx.x; e < heads * columns; e += THREADS) {
+      const int h = e / columns, c = e % columns;
       float sum = 0.f;
-      for (int y = 0; y < TY; ++y) sum += partial[(q * kThreads + y * TX) * W + e % (TX * W)];
-      if (c < cols) out[q * cols + c] = sum;
+#pragma unroll 4
+      for (int i = 0; i < hv.stride; ++i) sum += partial[(i * HEADS + h) * columns + c];
+      store_as(p.o.ptr, b * p.o.batch + (head * r + h0 + h) * p.o.head + v0 + c, p.o.dtype, sum);
     }
     __syncthreads();
   }
 }
 
+// ------------------------------------------------------------------------------------------------------------ the launch
+
+bool device_has_clusters() {
+  static std::atomic<int> known[64];                       // by device: 0 not asked yet, 1 no, 2 yes
+  int device = 0, major = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  if (device < 64 && known[device]) return known[device] == 2;
+  require_device();
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+  if (device < 64) known[device] = major >= 9 ? 2 : 1;
+  return major >= 9;
+}
+
+template <class T, int W, int HEADS, int ROWS, int STAGES, int THREADS, int BLOCKS>
+void run(const StepParams& p, bool clusters) {
+  int split = 1;                                           // of the shape alone
+  while (clusters && split < kMaxSplit && int64_t(p.K + p.V) * p.M * int64_t(sizeof(T)) > split * block_bytes(HEADS)) split *= 2;
+  const int k_slice = ceil_div(p.K, split), v_slice = ceil_div(p.V, W * split) * W;
+  const int64_t shared = int64_t(STAGES) * ROWS * THREADS * W * sizeof(T) + 2 * arena(p.M, 4) + arena(k_slice, 4) + arena(v_slice, 4) +
+                         arena(HEADS * k_slice, 4) + arena(HEADS * p.M, 4) + arena(HEADS * W * THREADS, 4) +
+                         (split > 1 ? arena(2 * split * HEADS * p.M, 4) + arena(2, 8) : 0);
+  const auto kernel = step_kernel<T, W, HEADS, ROWS, STAGES, THREADS, BLOCKS>;
+  const int64_t blocks = p.B * p.H * split;
+  if (split == 1) return launch("step", kernel, blocks, THREADS, shared, p.stream, p, 1);
+  if (blocks > 2147483647LL) throw std::runtime_error("gsa_ext: step: more than 2^31 - 1 blocks of work; split the batch");
+  if (shared > 48 * 1024) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), "step");
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(split), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(THREADS);
+  config.dynamicSmemBytes = shared;
+  config.stream = static_cast<cudaStream_t>(p.stream);
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  check(cudaLaunchKernelEx(&config, kernel, p, split), "step");
+}
+
+// 16 bytes at a time where the rows of both states allow it.
 template <class T>
-__global__ __launch_bounds__(kThreads) void step_kernel(const __grid_constant__ StepParams p) {
-  const int64_t b = blockIdx.x / p.H, head = blockIdx.x % p.H;
-  const int r = p.HQ / p.H, K = p.K, V = p.V, M = p.M;
-  int64_t row = b;
-  if (p.state_indices) row = p.indices_64 ? static_cast<const int64_t*>(p.state_indices)[b] : static_cast<const int32_t*>(p.state_indices)[b];
-  if (row < 0 || row >= p.P) {                             // padding: nothing is read
-    for (int e = threadIdx.x; e < r * V; e += kThreads) store_as(p.o.ptr, b * p.o.batch + (head * r + e / V) * p.o.head + e % V, p.o.dtype, 0.f);
-    return;
-  }
-  extern __shared__ __align__(16) char shared[];
-  Arena mem{shared};
-  float* gate = mem.take<float>(M);
-  float* write = mem.take<float>(M);
-  float* k = mem.take<float>(K);
-  float* v = mem.take<float>(V);
-  float* q = mem.take<float>(kHeads * K);
-  float* prob = mem.take<float>(kHeads * M);
-  float* out = mem.take<float>(kHeads * V);
-  float* partial = mem.take<float>(kHeads * kThreads * 4);
-  T* Hk = static_cast<T*>(p.hk) + (row * p.H + head) * int64_t(K) * M;
-  T* Hv = static_cast<T*>(p.hv) + (row * p.H + head) * int64_t(M) * V;
-
-  for (int m = threadIdx.x; m < M; m += kThreads) {
-    const int64_t s_at = b * p.s.batch + head * p.s.head + m;
-    if (p.g.ptr) {
-      const float g = load_as_float(p.g.ptr, b * p.g.batch + head * p.g.head + m, p.g.dtype);
-      gate[m] = expf(g);
-      write[m] = p.s.ptr ? load_as_float(p.s.ptr, s_at, p.s.dtype) : -expm1f(g);
-    } else {                                               // ABC: see abc.cu
-      T* zp = static_cast<T*>(p.z) + (row * p.H + head) * M + m;
-      const float e = load_as_float(p.s.ptr, s_at, p.s.dtype), z = to_float(*zp);
-      float a = 1.f, s = 0.f;
-      if (e != -INFINITY) {
-        if (z == -INFINITY) {
-          a = 0.f, s = 1.f, *zp = from_float<T>(e);
-        } else {
-          const float d = e - z, x = expf(-fabsf(d)), l = log1pf(x);
-          s = d > 0.f ? 1.f / (1.f + x) : x / (1.f + x);
-          a = d > 0.f ? x / (1.f + x) : 1.f / (1.f + x);
-          *zp = from_float<T>(d > 0.f ? e + l : z + l);
-        }
-      }
-      gate[m] = a, write[m] = s;
-    }
-  }
-  for (int i = threadIdx.x; i < K; i += kThreads) k[i] = load_as_float(p.k.ptr, b * p.k.batch + head * p.k.head + i, p.k.dtype);
-  for (int i = threadIdx.x; i < V; i += kThreads) v[i] = load_as_float(p.v.ptr, b * p.v.batch + head * p.v.head + i, p.v.dtype);
-
-  for (int h0 = 0; h0 < r; h0 += kHeads) {
-    const int heads = min(kHeads, r - h0);
-    for (int i = threadIdx.x; i < heads * K; i += kThreads)
-      q[i] = load_as_float(p.q.ptr, b * p.q.batch + (head * r + h0 + i / K) * p.q.head + i % K, p.q.dtype) * static_cast<float>(p.scale);
-    __syncthreads();
-    if (M % 4 == 0) sweep<T, 4, false>(Hk, K, M, gate, write, k, q, heads, h0 == 0, prob, partial);
-    else sweep<T, 1, false>(Hk, K, M, gate, write, k, q, heads, h0 == 0, prob, partial);
-    const int warp = threadIdx.x / 32;
-    if (warp < heads) {                                    // softmax over the slots, a warp a head
-      float* x = prob + warp * M;
-      float top = -INFINITY, sum = 0.f;
-      for (int m = lane_id(); m < M; m += 32) top = fmaxf(top, x[m]);
-      for (int i = 16; i; i /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, i));
-      for (int m = lane_id(); m < M; m += 32) sum += x[m] = expf(x[m] - top);
-      for (int i = 16; i; i /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, i);
-      const float inv = 1.f / sum;
-      for (int m = lane_id(); m < M; m += 32) x[m] *= inv;
-    }
-    __syncthreads();
-    if (V % 4 == 0) sweep<T, 4, true>(Hv, M, V, gate, write, v, prob, heads, h0 == 0, out, partial);
-    else sweep<T, 1, true>(Hv, M, V, gate, write, v, prob, heads, h0 == 0, out, partial);
-    for (int i = threadIdx.x; i < heads * V; i += kThreads) store_as(p.o.ptr, b * p.o.batch + (head * r + h0 + i / V) * p.o.head + i % V, p.o.dtype, out[i]);
-    __syncthreads();
-  }
+void choose(const StepParams& p) {
+  constexpr int W = 16 / sizeof(T);
+  const bool clusters = device_has_clusters();
+  const bool wide = p.M % W == 0 && p.V % W == 0 && (reinterpret_cast<uintptr_t>(p.hk) | reinterpret_cast<uintptr_t>(p.hv)) % 16 == 0;
+  constexpr bool fp32 = sizeof(T) == 4;
+  constexpr int rows = fp32 ? 4 : 2, stages = fp32 ? 4 : 6;
+  const int r = p.HQ / p.H;
+  if (!wide) run<T, 1, 4, 8, 3, 512, 1>(p, clusters);
+  else if (r == 1) run<T, W, 1, rows, stages, 128, 5>(p, clusters);
+  else if (r <= 4) run<T, W, 4, rows, stages, 128, 5>(p, clusters);
+  else run<T, W, 8, rows, fp32 ? 3 : 4, 128, 4>(p, clusters);
 }
 
 }  // namespace
 
 void step(const StepParams& p) {
-  require_device();
-  const int64_t shared = 2 * arena(p.M, 4) + arena(p.K, 4) + arena(p.V, 4) + arena(kHeads * p.K, 4) + arena(kHeads * p.M, 4) + arena(kHeads * p.V, 4) +
-                         arena(kHeads * kThreads * 4, 4);
-  if (p.state_dtype == DType::bf16) launch("step", step_kernel<bf16>, p.B * p.H, kThreads, shared, p.stream, p);
-  else launch("step", step_kernel<float>, p.B * p.H, kThreads, shared, p.stream, p);
+  if (p.state_dtype == DType::bf16) choose<bf16>(p);
+  else choose<float>(p);
 }
 
 }  // namespace gsa::cuda

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
+
+from gsa_ext import _load
 
 COMMANDS = ("info", "verify", "bench", "t2r", "convert", "eval", "generate")
 
@@ -16,4 +19,6 @@ def main(argv: list[str] | None = None) -> int:
     for module in modules.values():
         module.add_parser(subparsers)
     args = parser.parse_args(argv)
+    if args.command != "info" and (note := _load.built().cpu_only):  # pip does not show what setup.py says
+        print(f"gsa-ext: {note}", file=sys.stderr, flush=True)
     return modules[args.command].run(args)

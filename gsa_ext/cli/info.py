@@ -31,7 +31,7 @@ def facts() -> dict[str, str]:
     found = {
         "gsa_ext": f"{gsa_ext.__version__}, {os.path.dirname(gsa_ext.__file__)}",
         "built with": f"torch {build.torch}, g++ {_load.library().compiler}",
-        "built for": f"CPU and CUDA {build.cuda}, architectures {' '.join(build.archs)}" if build.cuda else "CPU only (no CUDA kernels)",
+        "built for": f"CPU and CUDA {build.cuda}, architectures {' '.join(build.archs)}" if build.cuda else f"CPU only: {build.why}",
         "python": f"{platform.python_version()}, {sys.executable}",
         "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}",
     }

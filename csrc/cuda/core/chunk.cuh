@@ -31,9 +31,17 @@ struct Config {
   static constexpr int ldm = MP + pad, ldd = DS + pad;              // row strides of [..][MP], [..][DS] tiles of E
   static constexpr int ldu = MP + 8;                      // of fp32 [..][MP] tiles read as accumulators
   static constexpr int lds = MP + 4, ldx = C + 4;         // of fp32 [..][MP], [..][C] tiles that X reads
-  static constexpr int SC = fp32 || MP == 64 ? MP : MP / 2;   // slots that a slow block's scratch holds at a time
+  static constexpr int keys_split = fp32 || MP == 64 ? 1 : 2;   // warps of backward_keys that share 16 rows, each with its part of the columns
+  static constexpr int SC = fp32 ? MP : DS == 16 ? 16 : 32; // slots that a slow block's scratch holds at a time
+  static constexpr bool small = !fp32 && DS == 16;        // shared memory below 99 KB at any price
+  static constexpr int blocks_per_sm = fp32 ? 1 : MP == 64 ? 3 : MP == 128 ? 2 : 1;   // of the chunk kernels, that registers must allow
   static constexpr float smallest = fp32 ? 2.f : 1e-26f;  // fp32: every block is "slow", that is exact
 };
+
+template <class Cfg>
+constexpr DType tile_dtype() {
+  return Cfg::fp32 ? DType::f32 : std::is_same_v<typename Cfg::E, bf16> ? DType::bf16 : DType::f16;
+}
 
 struct Sequence {
   int64_t n, begin, end, chunks, slot;                    // slot of its first chunk
@@ -180,6 +188,49 @@ __device__ inline void load_tile(E* tile, int ld, const Rows& src, int rows, int
   }
 }
 
+// The same for a matrix that is read a slice at a time: what does not change from slice to slice is worked out once.
+template <int THREADS, class E, int ROWS, int COLS>
+struct TileLoader {
+  static constexpr int width = 16 / sizeof(E), across = COLS / width;
+  static constexpr bool direct = across <= THREADS;
+  static constexpr int down = direct ? THREADS / across : 1, steps = (ROWS + down - 1) / down;
+  const char* from;                                       // this thread's first piece
+  int64_t stride;                                         // bytes between its pieces
+  bool wide;
+
+  __device__ void open(const Rows& src, int cols) {
+    from = static_cast<const char*>(src.ptr) + (src.at(threadIdx.x / across) + threadIdx.x % across * width) * int64_t(sizeof(E));
+    stride = src.step * down * int64_t(sizeof(E));
+    wide = direct && (sizeof(E) == 2 || src.dtype == DType::f32) &&
+           ((reinterpret_cast<uintptr_t>(src.ptr) | (src.base * sizeof(E)) | (src.step * sizeof(E)) | (cols * sizeof(E))) & 15) == 0;
+  }
+  // tile = `rows` rows and `cols` columns (the rest zero) from `offset` elements behind where src starts; src() is only asked for when they are not aligned.
+  template <class Src>
+  __device__ void load(E* tile, int ld, int64_t offset, int rows, int cols, Src&& src) const {
+    if (wide) {
+      const int i = threadIdx.x / across, j = threadIdx.x % across * width, left = j < cols ? rows - i : 0;
+      const char* p = from + offset * int64_t(sizeof(E));
+      E* to = tile + i * ld + j;
+#pragma unroll
+      for (int s = 0; s < steps; ++s, p += stride)
+        if (ROWS % down == 0 || i + s * down < ROWS) cp_async16(to + s * down * ld, p, s * down < left);
+    } else {
+      Rows r = src();
+      r.base += offset;
+      if constexpr (direct) load_tile_slowly<E>(tile, ld, r, ROWS, COLS, rows, 0, cols, threadIdx.x, THREADS);
+      else load_tile<THREADS, E, ROWS, COLS>(tile, ld, r, rows, 0, cols);
+    }
+  }
+};
+
+// rows x COLS elements, dense in memory, all of them valid.
+template <int THREADS, int COLS, class E>
+__device__ inline void load_matrix(E* tile, int ld, const E* src, int rows) {
+  constexpr int width = 16 / sizeof(E), across = COLS / width;
+#pragma unroll 8
+  for (int e = threadIdx.x; e < rows * across; e += THREADS) cp_async16(tile + e / across * ld + e % across * width, src + e * width, true);
+}
+
 // 1 - exp(g) without cancellation.
 __device__ inline float coupled_write(float g) {
   if (g < -0.25f) return 1.f - expf(g);
@@ -215,10 +266,38 @@ __device__ inline void gather(float (&x)[N], const void* ptr, DType t, int64_t f
   g.load(ptr, t, first, step, n);
   g.get(t, x);
 }
+// Four neighbouring elements of row i from column m on, those below n (0 beyond).
+__device__ inline void load4(float (&x)[4], const Rows& src, int i, int m, int n) {
+  const int64_t at = src.at(i) + m;
+  const int size = src.dtype == DType::f32 ? 4 : 2;
+  const char* p = static_cast<const char*>(src.ptr) + at * size;
+  if (n >= 4 && (reinterpret_cast<uintptr_t>(p) & (4 * size - 1)) == 0) {
+    if (size == 4) {
+      const float4 v = *reinterpret_cast<const float4*>(p);
+      x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+    } else {
+      const uint2 v = *reinterpret_cast<const uint2*>(p);
+      Gather<4> g{{v.x & 0xffffu, v.x >> 16, v.y & 0xffffu, v.y >> 16}};
+      g.get(src.dtype, x);
+    }
+  } else {
+    gather(x, src.ptr, src.dtype, at, 1, n);
+  }
+}
 __device__ inline float fast_exp2(float x) {
   float r;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
+}
+
+// exp(g) by a polynomial. A state is the product of thousands of these: the small bias of ex2.approx, which expf has too, would add up.
+__device__ inline float exp_to_the_last_digit(float g) {
+  if (!(g >= -87.f)) return isnan(g) ? g : 0.f;
+  const float n = rintf(fminf(g, 89.f) * 1.4426950408889634f);
+  const float r = fmaf(-n, -2.12194440e-4f, fmaf(-n, 0.693359375f, g));              // g - n ln 2, |r| <= 0.35
+  float e = fmaf(r, 1.f / 5040, 1.f / 720);
+  e = fmaf(r, e, 1.f / 120), e = fmaf(r, e, 1.f / 24), e = fmaf(r, e, 1.f / 6), e = fmaf(r, e, 0.5f), e = fmaf(r, e, 1.f), e = fmaf(r, e, 1.f);
+  return e * __int_as_float((static_cast<int>(n) + 127) << 23);
 }
 
 // Gates and write strengths of a chunk in global memory. Outside the chunk and the slots a = 1 and s = 0, which changes nothing.
@@ -226,7 +305,7 @@ struct GateReader {
   Rows s, g;
   int length, M;
   __device__ GateReader(const Params& p, const Chunk& c, int64_t head) : s(rows_of(p.s, c, head)), g(rows_of(p.g, c, head)), length(c.length), M(p.M) {}
-  __device__ static float decay(float g) { return expf(g); }   // to the last digits: a state is the product of thousands of these
+  __device__ static float decay(float g) { return exp_to_the_last_digit(g); }
 
   __device__ float gate(int i, int m) const { return i < length && m < M ? decay(load_as_float(g.ptr, g.at(i) + m, g.dtype)) : 1.f; }
   __device__ float write(int i, int m) const {
@@ -279,26 +358,54 @@ __device__ inline void row_writes(const GateReader& reader, int i, float (&w)[MT
   }
 }
 
-// What the products of a chunk need of its gates: R [C][ldu], the scale of its rows (fast block: 1 / W_i, slow block: U_i), lambda [NB][MP], slow [NB];
-// in fp32 also the a and s of every token.
+// What the products of a chunk need of its gates, made once per key/value head by chunk_gates (core/scan.cuh): a tile of floats in the workspace.
+//   R [C][MP]: the scale of its rows (fast block: 1 / W_i, slow block: U_i);  S [C][MP] = s_j W_j;  lambda [NB][MP];  slow [NB];
+//   in fp32, where every block is slow, also the a and s of every token.
+template <class Cfg>
+struct GateTile {
+  static constexpr int64_t R = 0, S = Cfg::C * Cfg::MP, lambda = 2 * S, slow = lambda + Cfg::NB * Cfg::MP, a = slow + 4, s = a + S;
+  static constexpr int64_t floats = Cfg::fp32 ? s + S : a;
+  static_assert(Cfg::NB <= 4);
+};
+
+// The tile in shared memory.
 template <class Cfg>
 struct Gates {
   static constexpr int C = Cfg::C, MP = Cfg::MP, NB = Cfg::NB, ldu = Cfg::ldu;
-  float* R;
+  float* R;                                               // [C][ldu]
   float* lambda;
   int* slow;
   float *a, *s;                                           // [C][MP], fp32 only
+  const float* tile;
   GateReader reader;
 
-  static constexpr int64_t bytes = arena(C * ldu, 4) + arena(NB * MP, 4) + arena(NB, 4) + (Cfg::fp32 ? 2 * arena(C * MP, 4) : 0);
+  static constexpr int64_t bytes = arena(C * ldu, 4) + arena(NB * MP, 4) + arena(4, 4) + (Cfg::fp32 ? 2 * arena(C * MP, 4) : 0);
 
-  __device__ Gates(Arena& arena, const Params& p, const Chunk& c, int64_t head) : reader(p, c, head) {
+  __device__ Gates(Arena& arena, const Params& p, const Chunk& c, int64_t head, const float* tiles)
+      : tile(tiles + (c.slot * p.H + head) * GateTile<Cfg>::floats), reader(p, c, head) {
     R = arena.take<float>(C * ldu);
     lambda = arena.take<float>(NB * MP);
-    slow = arena.take<int>(NB);
+    slow = arena.take<int>(4);
     a = Cfg::fp32 ? arena.take<float>(C * MP) : nullptr;
     s = Cfg::fp32 ? arena.take<float>(C * MP) : nullptr;
   }
+  // All THREADS of the block send off their share (cp_async_commit, wait and barrier are the caller's).
+  template <int THREADS>
+  __device__ void load() const {
+    using T = GateTile<Cfg>;
+    load_matrix<THREADS, MP>(lambda, MP, tile + T::lambda, NB);
+    if (threadIdx.x == 0) cp_async16(slow, tile + T::slow, true);
+    if constexpr (Cfg::fp32) load_matrix<THREADS, MP>(a, MP, tile + T::a, C), load_matrix<THREADS, MP>(s, MP, tile + T::s, C);
+  }
+  template <int THREADS>
+  __device__ void load_R() const {
+    load_matrix<THREADS, MP>(R, ldu, tile + GateTile<Cfg>::R, C);
+  }
+  template <int THREADS>
+  __device__ void load_S(float* S, int lds) const {
+    load_matrix<THREADS, MP>(S, lds, tile + GateTile<Cfg>::S, C);
+  }
+
   __device__ float gate(int i, int m) const {
     if constexpr (Cfg::fp32) return a[i * MP + m];
     else return reader.gate(i, m);
@@ -308,59 +415,6 @@ struct Gates {
     else return reader.write(i, m);
   }
   __device__ static float operand(float x) { return Cfg::fp32 ? x : round_tf32(x); }
-
-  // All threads of the block; ends with a barrier. Not inlined: a kernel that needs it twice has it once.
-  __device__ void fill(float* S, int lds, bool to_end = false) const { fill_(*this, S, lds, to_end); }
-
- private:
-  // Fills everything, and S[j][m] = s_j W_j (nullptr: not needed) or, to_end, s_j exp(G_end - G_j): what token j leaves in the state.
-  static __device__ __noinline__ void fill_(Gates G, float* S, int lds, bool to_end) {
-    float *R = G.R, *lambda = G.lambda, *a = G.a, *s = G.s;
-    int* slow = G.slow;
-    const auto& reader = G.reader;
-    if (threadIdx.x < NB) slow[threadIdx.x] = 0;
-    __syncthreads();
-#pragma unroll 1
-    for (int e = threadIdx.x; e < NB * MP; e += Cfg::threads) {
-      const int b = e / MP, m = e % MP;
-      Gather<16> raw_g, raw_s;
-      reader.load_gates16(b * 16, m, raw_g);
-      if constexpr (Cfg::fp32) reader.load_writes16(b * 16, m, raw_s);
-      float x[16], w[16], u = 1.f;
-      reader.gates16(raw_g, x);
-      if constexpr (Cfg::fp32) reader.writes16(raw_s, w);
-#pragma unroll
-      for (int i = 15; i >= 0; --i) u *= x[i];
-      lambda[b * MP + m] = u;
-      if (!(u >= Cfg::smallest)) slow[b] = 1;             // NaN too
-      if constexpr (Cfg::fp32)
-#pragma unroll
-        for (int i = 0; i < 16; ++i) a[(b * 16 + i) * MP + m] = x[i], s[(b * 16 + i) * MP + m] = w[i];
-    }
-    __syncthreads();
-#pragma unroll 1
-    for (int e = threadIdx.x; e < NB * MP; e += Cfg::threads) {
-      const int b = e / MP, m = e % MP;
-      Gather<16> raw_g, raw_s;
-      reader.load_gates16(b * 16, m, raw_g);
-      if (S) reader.load_writes16(b * 16, m, raw_s);
-      float x[16];
-      reader.gates16(raw_g, x);
-      if (S) {
-        float w[16], decay = 1.f;
-        reader.writes16(raw_s, w);
-        for (int k = NB - 1; to_end && k > b; --k) decay *= lambda[k * MP + m];
-#pragma unroll
-        for (int i = 15; i >= 0; --i) S[(b * 16 + i) * lds + m] = operand(w[i] * decay), decay *= x[i];
-      }
-      if (S == R) continue;
-      const bool exact = slow[b];
-      float u = exact ? 1.f : __frcp_rn(lambda[b * MP + m]);
-#pragma unroll
-      for (int i = 0; i < 16; ++i) u *= x[i], R[(b * 16 + i) * ldu + m] = u;
-    }
-    __syncthreads();
-  }
 
  public:
   // s_i of row i as above, without going to memory where S [C][lds] (s_j W_j) is at hand.

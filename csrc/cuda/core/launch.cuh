@@ -2,6 +2,7 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
@@ -22,6 +23,16 @@ inline void require_device() {
   if (major < 8)
     throw std::runtime_error("gsa_ext: the CUDA kernels need compute capability 8.0 or newer, found " + std::to_string(major) + "." + std::to_string(minor) +
                              "; built for " GSA_BUILT_ARCHS ". Use the CPU, or a newer GPU");
+}
+
+// Shared memory that a block can have on the current device, in bytes. GSA_SHARED_MEMORY=101376 in the environment makes a large GPU take the
+// configurations of a small one, so that they can be tested there.
+inline int shared_memory() {
+  if (const char* forced = std::getenv("GSA_SHARED_MEMORY")) return std::atoi(forced);
+  int device = 0, bytes = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
+  return bytes;
 }
 
 template <class Kernel, class... Args>

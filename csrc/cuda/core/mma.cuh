@@ -128,6 +128,7 @@ struct Arith {
   }
   template <int NT, int KD>
   __device__ static void mma_nn(float (*acc)[4], const Split<KD>& a, const E* b, int ld) {
+    static_assert(NT % 2 == 0);
     const int l = lane_id();
 #pragma unroll
     for (int k = 0; k < KD / 16; ++k)
@@ -143,6 +144,7 @@ struct Arith {
   }
   template <int NT, int KD>
   __device__ static void mma_nn(float (*acc)[4], const Op<KD>& a, const E* b, int ld) {   // B[k][n] = b[k * ld + n]
+    static_assert(NT % 2 == 0);
     const int l = lane_id();
 #pragma unroll
     for (int k = 0; k < KD / 16; ++k)
@@ -156,6 +158,7 @@ struct Arith {
   }
   template <int NT, int KD>
   __device__ static void mma_nt(float (*acc)[4], const Op<KD>& a, const E* b, int ld) {   // B[k][n] = b[n * ld + k]
+    static_assert(NT % 2 == 0);
     const int l = lane_id();
 #pragma unroll
     for (int k = 0; k < KD / 16; ++k)
@@ -249,11 +252,15 @@ struct Arith<float> {
   }
 };
 
-__device__ inline float round_tf32(float x) {
+// To the nearest TF32 value, which the unit takes as it is.
+__device__ inline float to_tf32(float x) {
   uint32_t r;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
   return __uint_as_float(r);
 }
+// For the unit only, which drops the last 13 bits: adds half of what they can hold (0.35 to 0.7 of the last place kept, 0.5 on average). One instruction
+// where cvt.rna.tf32 is four. Not idempotent: once for each operand.
+__device__ inline float round_tf32(float x) { return fmaf(x, 0.3466f / 1024, x); }
 __device__ inline void mma1688(float (&c)[4], const float (&a)[4], float b0, float b1) {
   asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -262,7 +269,7 @@ __device__ inline void mma1688(float (&c)[4], const float (&a)[4], float b0, flo
 }
 
 // fp32 tiles on the tensor cores. The k index inside a group of 8 is permuted (position t holds k = 2 t, position t + 4 holds 2 t + 1), the same in A and
-// B, so that an accumulator is an operand as it stands. Tiles hold values already rounded (round_tf32): the unit itself would truncate.
+// B, so that an accumulator is an operand as it stands. Tiles hold values that round_tf32 has prepared.
 struct Tf32 {
   template <int KD>
   struct Op {
@@ -302,11 +309,11 @@ struct Tf32 {
       }
   }
   template <int KD>
-  __device__ static void from_tile_t(Op<KD>& a, const float* tile, int ld) {
+  __device__ static void from_tile_t(Op<KD>& a, const float* tile, int ld) {              // values as they are: rounded here
 #pragma unroll
     for (int k = 0; k < KD / 8; ++k)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) a.r[k][i] = tile[(k * 8 + frag_col() + (i >> 1)) * ld + frag_row() + (i & 1) * 8];
+      for (int i = 0; i < 4; ++i) a.r[k][i] = round_tf32(tile[(k * 8 + frag_col() + (i >> 1)) * ld + frag_row() + (i & 1) * 8]);
   }
   template <int NT, int KD>
   __device__ static void mma_nn(float (*acc)[4], const Op<KD>& a, const float* b, int ld) {

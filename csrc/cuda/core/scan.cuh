@@ -3,79 +3,102 @@
 //     Hk <- exp(G_end) Hk + sum_j k_j (x) s_j exp(G_end - G_j)          dHk <- exp(G_end) dHk + scale sum_i q_i  (x) do1_i exp(G_i)
 //     Hv <- exp(G_end) Hv + sum_j v_j (x) s_j exp(G_end - G_j)          dHv <- exp(G_end) dHv +       sum_i do_i (x) p_i   exp(G_i)
 //
-// The right factors come ready-made as tiles Y [C][MP] (chunk_writes below; backward_queries), so that the sweep does nothing but load and multiply:
+// The right factors come ready-made as tiles Y [C][MP] (chunk_gates below, which makes all that depends on the gates only; backward_queries), so that the sweep does nothing but load and multiply:
 // tiles arrive by asynchronous copies `stages` - 1 steps ahead, one barrier per step. A step is a chunk, in backward a chunk of one query head.
 // A block of 4 warps owns 64 rows of [Hk; Hv^T] (of K or of V) times all slots, in fp32 registers; before each chunk it leaves a copy in memory:
 // boundary[slot], in E, is the state before the chunk, gradient[slot], in fp32 (TF32), the cotangent of the state after it.
 #pragma once
-#include "chunk.cuh"
+#include "tile_io.cuh"
 
 namespace gsa::cuda {
 
 constexpr int kStateRows = 64;
 
-// ------------------------------------------------------------------------------------------------------------ right factors of the forward sweep
+// ------------------------------------------------------------------------------------------------------------ gates
 
-struct WritesParams {
+struct GatesParams {
   Params base;
-  void* y;                          // [slots, H, C, MP]  E   s_j exp(G_end - G_j)
-  float* decay;                     // [slots, H, MP]         exp(G_end)
+  void* y;  // [slots, H, C, MP]  E   s_j exp(G_end - G_j): right factors of the forward sweep
+  float* decay;  // [slots, H, MP]         exp(G_end)
+  float* tiles;  // [slots, H] GateTile
 };
 
+// One thread has a slot in a block of 16 rows (or several of them).
 template <class Cfg>
-__global__ __launch_bounds__(128) void chunk_writes(const __grid_constant__ WritesParams a) {
+constexpr int gates_threads = Cfg::NB * Cfg::MP < 256 ? Cfg::NB * Cfg::MP : 256;
+
+template <class Cfg>
+__global__ __launch_bounds__(gates_threads<Cfg>) void chunk_gates(const __grid_constant__ GatesParams a) {
   using E = typename Cfg::E;
-  constexpr int C = Cfg::C, MP = Cfg::MP, NB = Cfg::NB, items = NB * MP / 128;
-  static_assert(NB * MP % 128 == 0);
+  using T = GateTile<Cfg>;
+  constexpr int C = Cfg::C, MP = Cfg::MP, NB = Cfg::NB, threads = gates_threads<Cfg>, items = NB * MP / threads;
+  static_assert(NB * MP % threads == 0);
   const Params& p = a.base;
   const int64_t head = blockIdx.x % p.H;
   Chunk c;
   if (!find_chunk(p, blockIdx.x / p.H, C, c)) return;
   __shared__ float lambda[NB * MP];
+  __shared__ int slow[NB];
+  if (threadIdx.x < NB) slow[threadIdx.x] = 0;
   const GateReader gates(p, c, head);
   Gather<16> raw_g[items], raw_s[items];
 #pragma unroll
   for (int k = 0; k < items; ++k) {
-    const int b = (threadIdx.x + k * 128) / MP, m = (threadIdx.x + k * 128) % MP;
+    const int b = (threadIdx.x + k * threads) / MP, m = (threadIdx.x + k * threads) % MP;
     gates.load_gates16(b * 16, m, raw_g[k]);
     gates.load_writes16(b * 16, m, raw_s[k]);
   }
-  float y[items][16];
+  float g[items][16], s[items][16];
+  __syncthreads();
 #pragma unroll
   for (int k = 0; k < items; ++k) {
-    float g[16], w = 1.f;
-    gates.gates16(raw_g[k], g);
-    gates.writes16(raw_s[k], y[k]);
+    const int e = threadIdx.x + k * threads;
+    float w = 1.f;
+    gates.gates16(raw_g[k], g[k]);
+    gates.writes16(raw_s[k], s[k]);
 #pragma unroll
-    for (int j = 15; j >= 0; --j) y[k][j] *= w, w *= g[j];
-    lambda[threadIdx.x + k * 128] = w;
+    for (int j = 15; j >= 0; --j) w *= g[k][j];
+    lambda[e] = w;
+    if (!(w >= Cfg::smallest)) slow[e / MP] = 1;  // NaN too
   }
   __syncthreads();
   const int64_t tile = c.slot * p.H + head;
+  float* out = a.tiles + tile * T::floats;
 #pragma unroll
   for (int k = 0; k < items; ++k) {
-    const int b = (threadIdx.x + k * 128) / MP, m = (threadIdx.x + k * 128) % MP;
-    float after = 1.f;
+    const int e = threadIdx.x + k * threads, b = e / MP, m = e % MP;
+    float after = 1.f, w = 1.f, u = slow[b] ? 1.f : __frcp_rn(lambda[e]);
     for (int i = NB - 1; i > b; --i) after *= lambda[i * MP + m];
-    E* out = static_cast<E*>(a.y) + (tile * C + b * 16) * MP + m;
-#pragma unroll
-    for (int j = 0; j < 16; ++j) out[j * MP] = from_float<E>(y[k][j] * after);
+    E* y = static_cast<E*>(a.y) + (tile * C + b * 16) * MP + m;
+    float* row = out + b * 16 * MP + m;
     if (b == 0) a.decay[tile * MP + m] = after * lambda[m];
+    out[T::lambda + e] = lambda[e];
+#pragma unroll
+    for (int j = 0; j < 16; ++j) u *= g[k][j], row[T::R + j * MP] = u;
+#pragma unroll
+    for (int j = 15; j >= 0; --j) {
+      const float x = s[k][j] * w;
+      row[T::S + j * MP] = Cfg::fp32 ? x : to_tf32(x);
+      y[j * MP] = from_float<E>(x * after);
+      w *= g[k][j];
+      if constexpr (Cfg::fp32) row[T::a + j * MP] = g[k][j], row[T::s + j * MP] = s[k][j];
+    }
   }
+  if (threadIdx.x < 4) out[T::slow + threadIdx.x] = __int_as_float(threadIdx.x < NB ? slow[threadIdx.x] : 0);
 }
 
 // ------------------------------------------------------------------------------------------------------------ the sweep
 
 struct ScanParams {
   Params base;
-  void* out;                        // [slots, H, K + V, M]
+  void* out;  // [slots, H, K + V, M]
   // forward: hk0, hv0 of base in; hkT, hvT out. backward: cotangents of the final states in, of the initial states out.
   const void *hk_in, *hv_in;
   bool in_broadcast;
   void *hk_out, *hv_out;
-  View x_k, x_v;                    // k, v or q, d_o
-  const void *y_k, *y_v;            // [slots, H or HQ, C, MP] E
-  const float* decay;               // [slots, H, MP]
+  View x_k, x_v;  // k, v or q, d_o
+  const void *y_k, *y_v;  // [slots, H or HQ, C, MP] E
+  const float* decay;  // [slots, H, MP]
 };
 
 template <class Cfg>
@@ -118,7 +141,7 @@ __global__ __launch_bounds__(128, ScanShared<Cfg>::blocks_per_sm) void state_sca
   c.seq = sequence(p, n, C);
   const int64_t steps = c.seq.chunks * heads;
   const int warp = threadIdx.x / 32;
-  const int row = d0 + warp * 16 + frag_row();                     // and row + 8
+  const int row = d0 + warp * 16 + frag_row();  // and row + 8
   float acc[MT][4];
   zero(acc);
   auto decay = [](float (&x)[MT][4], const float* l) {
@@ -145,11 +168,13 @@ __global__ __launch_bounds__(128, ScanShared<Cfg>::blocks_per_sm) void state_sca
   }
   auto keep = [&](int64_t slot) {
     using Out = std::conditional_t<gradient, float, E>;
-    auto value = [](float x) { return gradient && !Cfg::fp32 ? round_tf32(x) : x; };
+    auto value = [](float x) { return gradient && !Cfg::fp32 ? to_tf32(x) : x; };
     Out* out = static_cast<Out*>(a.out) + ((slot * p.H + head) * (p.K + p.V) + (values ? p.K : 0)) * p.M;
-    const bool even = p.M % 2 == 0;
     Out* q = out + int64_t(row) * p.M + frag_col();
-    if (even) {
+    if constexpr (sizeof(Out) == 2) {
+      if (p.M % 4 == 0) return store_paired<Out, MT>(out + int64_t(d0 + warp * 16) * p.M, p.M, acc, D - d0 - warp * 16, p.M);
+    }
+    if (p.M % 2 == 0) {
 #pragma unroll
       for (int h = 0; h < 2; ++h, q += 8 * p.M)
 #pragma unroll

@@ -1,5 +1,6 @@
 // Which tile configuration runs: the one place that maps dtype, arithmetic and number of slots to a Config.
-// Shared memory stays below 99 KB in every one of them, so that all GPUs from sm_80 on can run it.
+// The chunk kernels take up to 109 KB of shared memory: two blocks fit a multiprocessor of sm_90 (228 KB), one those of sm_80. GPUs with 99 KB a block
+// (sm_86, sm_89, sm_120) get narrower slices where more would be needed.
 #pragma once
 #include "chunk.cuh"
 
@@ -12,11 +13,12 @@ void select_config(const Params& p, F&& f) {
     if constexpr (sizeof(E) == 4) {
       if (p.M <= 64) f.template operator()<Config<E, 64, 32, 32>>();
       else if (p.M <= 128) f.template operator()<Config<E, 128, 16, 32>>();
-      else f.template operator()<Config<E, 256, 16, 16>>();
+      else f.template operator()<Config<E, 256, 16, 8>>();
     } else {
-      if (p.M <= 64) f.template operator()<Config<E, 64, 64, 64>>();
-      else if (p.M <= 128) f.template operator()<Config<E, 128, 64, 32>>();
-      else f.template operator()<Config<E, 256, 32, 32>>();
+      if (p.M <= 64) f.template operator()<Config<E, 64, 64, 32>>();
+      else if (p.M <= 128 && shared_memory() >= 112 * 1024) f.template operator()<Config<E, 128, 64, 32>>();
+      else if (p.M <= 128) f.template operator()<Config<E, 128, 64, 16>>();
+      else f.template operator()<Config<E, 256, 32, 16>>();
     }
   };
   if (fp32) by_slots.template operator()<float>();
