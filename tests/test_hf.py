@@ -279,6 +279,23 @@ def test_cache(device):
 
 
 @pytest.mark.parametrize("preset, layers", CASES)
+def test_state_in_a_file(preset, layers, device, tmp_path):
+    """A prompt is read once; windows go into the file as well."""
+    from gsa_ext.state import load_state, save_state
+
+    model, ids, follow = converted(preset, layers, device), tokens(device), tokens(device, length=3, seed=4)
+    with torch.no_grad():
+        cache = model(ids, past_key_values=DynamicCache(), use_cache=True).past_key_values
+        save_state(cache, tmp_path / "state")
+        want = model(follow, past_key_values=cache).logits
+        again = load_state(tmp_path / "state", device, DynamicCache(), gsa_ext.hf.GSACacheLayer)
+        assert torch.equal(model(follow, past_key_values=again).logits, want) and again.get_seq_length() == T + 3
+        if (preset, layers) == ("liger", "all"):
+            with pytest.raises(TypeError, match="kind=gsa_ext.hf.GSACacheLayer"):
+                model(follow, past_key_values=load_state(tmp_path / "state", device, DynamicCache()))
+
+
+@pytest.mark.parametrize("preset, layers", CASES)
 def test_save_and_load(preset, layers, device, tmp_path):
     model, ids = converted(preset, layers, device), tokens(device)
     model.save_pretrained(tmp_path)
