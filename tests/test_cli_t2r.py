@@ -132,6 +132,24 @@ def test_stages(own, tmp_path, monkeypatch, capsys):
     assert main(["t2r", "--config", str(tmp_path / "none.yaml")]) == 2
 
 
+@pytest.mark.parametrize("room", [50_000, 250_000], ids=["weights", "optimizer"])
+def test_full_disk(own, finished, tmp_path, capsys, room):
+    """No room for the weights, or for the optimizer's state after them: a sentence, and a run that goes on when there is room again."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        status = main(arguments(own, tmp_path / "run", "--device", "cpu"))
+        unsaved = main(["convert", str(own / "model"), str(tmp_path / "converted")]) if room == 50_000 else 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    errors = capsys.readouterr().err
+    assert status == unsaved == 1 and "--resume goes on" in errors and "Traceback" not in errors
+    assert not list((tmp_path / "run").glob("finetune/checkpoint-*/complete"))
+    assert main(["t2r", "--output", str(tmp_path / "run"), "--resume"]) == 0
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == (finished / "model" / "model.safetensors").read_bytes()
+
+
 def test_convert_and_eval(own, tmp_path, capsys):
     model, output = str(own / "model"), str(tmp_path / "converted")
     assert main(["convert", model, output, "--preset", "liger", "--layers", "1", "--num-slots", "8", "--window", "8", "--mix", "learned"]) == 0
@@ -203,6 +221,7 @@ def test_bad_arguments(own, finished, tmp_path, capsys):
         (["--model", model, "--data", data, "--text-column", "title", "--output", new], "title"),
         (["--model", model, "--data", data, "--text-column", "body", "--preset", "rwkv", "--output", new, *SMALL], "preset"),
         (["--model", model, "--data", data, "--text-column", "body", "--layers", "7", "--output", new, *SMALL], "layers"),
+        (["--model", model, "--data", data, "--text-column", "body", "--preset", "liger", "--stages", "transfer,full", "--output", new, *SMALL], "--stages"),
     ):
         status = main(["t2r", *given, *([] if "--steps" in given else ["--steps", "2"])])
         captured = capsys.readouterr()

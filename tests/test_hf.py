@@ -238,6 +238,9 @@ def test_generate(preset, layers, device):
         model.generate(ids[:1], max_new_tokens=5, prompt_lookup_num_tokens=3)
     with pytest.raises(ValueError, match="static"):
         model.generate(ids, max_new_tokens=5, cache_implementation="static")
+    with pytest.raises(NotImplementedError, match="generate_batch"):
+        model.generate_batch([[1, 2, 3], [4, 5]])
+    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False, prefill_chunk_size=7), model.generate(ids, max_new_tokens=4, do_sample=False))
 
 
 def test_cache(device):
@@ -273,6 +276,23 @@ def test_cache(device):
     for mask in (torch.ones(2, 1, T, T), torch.ones(2, T - 1)):
         with pytest.raises(ValueError, match="attention_mask"):
             model(ids, attention_mask=mask.to(device))
+
+
+@pytest.mark.parametrize("preset, layers", CASES)
+def test_state_in_a_file(preset, layers, device, tmp_path):
+    """A prompt is read once; windows go into the file as well."""
+    from gsa_ext.state import load_state, save_state
+
+    model, ids, follow = converted(preset, layers, device), tokens(device), tokens(device, length=3, seed=4)
+    with torch.no_grad():
+        cache = model(ids, past_key_values=DynamicCache(), use_cache=True).past_key_values
+        save_state(cache, tmp_path / "state")
+        want = model(follow, past_key_values=cache).logits
+        again = load_state(tmp_path / "state", device, DynamicCache(), gsa_ext.hf.GSACacheLayer)
+        assert torch.equal(model(follow, past_key_values=again).logits, want) and again.get_seq_length() == T + 3
+        if (preset, layers) == ("liger", "all"):
+            with pytest.raises(TypeError, match="kind=gsa_ext.hf.GSACacheLayer"):
+                model(follow, past_key_values=load_state(tmp_path / "state", device, DynamicCache()))
 
 
 @pytest.mark.parametrize("preset, layers", CASES)

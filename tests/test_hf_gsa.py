@@ -200,6 +200,8 @@ def test_refusals():
         GSAForCausalLM(GSAConfig(**SMALL | {"feature_map": "elu"}))
     with pytest.raises(ValueError, match="stateful"):
         model.generate(ids[:1], max_new_tokens=5, prompt_lookup_num_tokens=3)
+    with pytest.raises(NotImplementedError, match="generate_batch"):
+        model.generate_batch([[1, 2, 3], [4, 5]])
     with pytest.raises(ValueError, match="attention_mask"):
         model(ids, attention_mask=torch.ones(2, 1, T, T))
     with pytest.raises(ValueError, match="exactly one"):

@@ -19,6 +19,15 @@ class BadInput(Exception):
     """What the user gave cannot be used; the message says what and why."""
 
 
+def storage_failure(error: Exception) -> str | None:
+    """What to say of an error that a disk or file system made (full, gone, read-only), whichever library met it; None for other errors."""
+    if isinstance(error, OSError) or (type(error).__name__ == "SafetensorError" and "I/O error" in str(error)):
+        return _first_line(error)
+    if isinstance(error, RuntimeError) and ("PytorchStreamWriter" in str(error) or "inline_container" in str(error)):
+        return "a checkpoint could not be written (is the disk full?)"
+    return None
+
+
 class Blocks(Dataset):
     """A long row of token ids, cut into training examples of ``length`` tokens; the rest is dropped."""
 

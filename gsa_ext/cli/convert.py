@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     import transformers
 
     import gsa_ext.hf
-    from gsa_ext.cli._t2r_data import BadInput
+    from gsa_ext.cli._t2r_data import BadInput, storage_failure
     from gsa_ext.cli.t2r import _layers, _pretrained
 
     transformers.utils.logging.disable_progress_bar()
@@ -64,8 +64,11 @@ def run(args: argparse.Namespace) -> int:
     except BadInput as error:
         print(f"gsa-ext convert: error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        print(f"gsa-ext convert: error: {error}", file=sys.stderr)
+    except Exception as error:
+        failure = storage_failure(error)
+        if failure is None:
+            raise
+        print(f"gsa-ext convert: error: {failure}; {output} is not whole.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\ngsa-ext convert: interrupted; {output} is not whole.", file=sys.stderr)

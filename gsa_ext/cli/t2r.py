@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     if missing:
         print(f"gsa-ext t2r: error: needs {', '.join(missing)}: pip install {' '.join(missing)}", file=sys.stderr)
         return 2
-    from gsa_ext.cli._t2r_data import BadInput
+    from gsa_ext.cli._t2r_data import BadInput, storage_failure
 
     main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main_thread else None
@@ -118,8 +118,11 @@ def run(args: argparse.Namespace) -> int:
     except BadInput as error:
         print(f"gsa-ext t2r: error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        print(f"gsa-ext t2r: error: {error}. What was finished is kept; --resume goes on.", file=sys.stderr)
+    except Exception as error:
+        failure = storage_failure(error)
+        if failure is None:
+            raise
+        print(f"\ngsa-ext t2r: error: {failure}. What was finished is kept; --resume goes on.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ngsa-ext t2r: interrupted. --resume goes on from the last checkpoint.", file=sys.stderr)
@@ -276,7 +279,9 @@ def _run(settings: Settings, resume: bool) -> None:
     except (ValueError, TypeError, NotImplementedError) as error:
         raise data.BadInput(str(error)) from error
     new = new_parameters(model)
-    stages = [stage for stage in settings.stages.split(",") if stage != "transfer" or new]
+    stages = settings.stages.split(",")
+    if "transfer" in stages and not new:
+        raise data.BadInput(f"--stages {settings.stages}: preset {settings.preset} adds no parameters that transfer could train; leave transfer out")
     _print_plan(model, settings, stages, new)
     measured["converted"] = bits(model, "converted, held-out")
     print(f"Converted ({settings.preset}): {measured['converted']:.3f} bits per byte before any training", flush=True)
@@ -412,7 +417,7 @@ def _print_plan(model: Any, settings: Settings, stages: list[str], new: dict[str
         trained = {"transfer": f"{fresh:,} parameters", "lora": f"adapters on q, k, v and {fresh:,} parameters", "full": f"{total:,} parameters"}[stage]
         print(f"  {stage:<11} {steps:,} steps of {tokens:,} tokens, training {trained}")
     trained_most = total if "full" in stages else fresh
-    print(f"  memory      at least {(4 * total + 12 * trained_most) / 2 ** 30:.2f} GiB (fp32 weights; gradients and two AdamW moments of what is trained) "
+    print(f"  memory      at least {(4 * total + 12 * trained_most) / 2 ** 20:,.0f} MiB (fp32 weights; gradients and two AdamW moments of what is trained) "
           "and the activations of a batch", flush=True)
 
 

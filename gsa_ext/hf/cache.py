@@ -30,6 +30,14 @@ class GSACacheLayer(SlotState, CacheLayerMixin):
     def nbytes(self) -> int:
         return super().nbytes + sum(x.numel() * x.element_size() for x in self.window or ())
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return super().tensors() | ({} if self.window is None else {f"window.{name}": x for name, x in self.window._asdict().items()})
+
+    def restore(self, tensors: dict[str, torch.Tensor], seen: int) -> None:
+        super().restore(tensors, seen)
+        if "window.keys" in tensors:
+            self.window = WindowState(*(tensors[f"window.{name}"] for name in WindowState._fields))
+
     def _over_batch(self, f: Any) -> None:
         super()._over_batch(f)
         if self.window is not None:
@@ -56,6 +64,9 @@ def check_cache(cache: Any) -> None:
         return
     if not isinstance(cache, Cache):
         raise TypeError(f"past_key_values: expected a transformers Cache, given {type(cache).__name__}; pass DynamicCache() or nothing")
+    if any(isinstance(layer, SlotState) and not isinstance(layer, GSACacheLayer) for layer in cache.layers):
+        raise TypeError("past_key_values: has layers of gsa_ext.layer.SlotState, which are not for transformers; "
+                        "load states with load_state(..., kind=gsa_ext.hf.GSACacheLayer)")
     if isinstance(cache, StaticCache) or any(getattr(layer, "is_compileable", False) for layer in cache.layers):
         raise ValueError(f"past_key_values: a {type(cache).__name__} has static layers, which models with GSA layers do not support; "
                          "use the default DynamicCache (GSA layers need constant memory in it)")

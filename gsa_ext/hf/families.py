@@ -200,8 +200,11 @@ from {module} import {names}
 '''
 
 
-class LoadsAnywhere:
-    """A saved model brings a module that imports gsa_ext, and an ``auto_map`` that names it."""
+class GSAModelMixin:
+    """What all models with GSA layers share. A saved one brings a module that imports gsa_ext, and an ``auto_map`` that names it."""
+
+    _is_stateful = True                                                      # generate: no assisted decoding
+    _supports_context_parallel = False                                       # ranks would have to hand on their slots
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As transformers does; and the module."""
@@ -217,15 +220,17 @@ class LoadsAnywhere:
     def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:
         """transformers asks for it after loading by ``auto_map``, and would save a copy of this file from then on. Nothing to do."""
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: transformers' own would give wrong tokens."""
+        raise NotImplementedError("continuous batching (generate_batch) keeps keys and values in pages, which GSA layers do not have; use generate")
+
 
 def _auto_classes(config: Any) -> tuple[Any, Any, Any]:
     return config, MODEL_MAPPING[config], MODEL_FOR_CAUSAL_LM_MAPPING[config]
 
 
-class _GSAModule(LoadsAnywhere):
+class _GSAModule(GSAModelMixin):
     """What converted base models and causal LMs share."""
-
-    _is_stateful = True                                                      # generate: no assisted decoding
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (GateProjection, WindowMix)):
@@ -307,6 +312,8 @@ class Call:
     def __init__(self, B: int, T: int, attention_mask: Any, position_ids: Tensor | None, past_key_values: Any, use_cache: bool | None,
                  kwargs: dict[str, Any], train: bool) -> None:
         check_cache(past_key_values)
+        if kwargs.get("cache") is not None:
+            raise ValueError("cache: paged caches hold keys and values, which GSA layers do not have; pass past_key_values")
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         if isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.ndim != 2):
             raise ValueError("attention_mask: a model with GSA layers takes a padding mask [B, T] of zeros and ones; "

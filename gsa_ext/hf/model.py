@@ -19,7 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from gsa_ext.hf.attention import Tokens
 from gsa_ext.hf.cache import GSACacheLayer
-from gsa_ext.hf.families import Call, LoadsAnywhere
+from gsa_ext.hf.families import Call, GSAModelMixin
 from gsa_ext.hf.window import attention_over, causal_attention, window_attention
 from gsa_ext.layer import GatedSlotAttention, RMSNorm, layer_state
 
@@ -218,7 +218,7 @@ class GSABlock(GradientCheckpointingLayer):
         return x + self.mlp(self.mlp_norm(x))
 
 
-class GSAPreTrainedModel(LoadsAnywhere, PreTrainedModel):
+class GSAPreTrainedModel(GSAModelMixin, PreTrainedModel):
     config: GSAConfig
     config_class = GSAConfig
     base_model_prefix = "model"
@@ -226,7 +226,6 @@ class GSAPreTrainedModel(LoadsAnywhere, PreTrainedModel):
     _no_split_modules = ["GSABlock"]
     _skip_keys_device_placement = ["past_key_values"]
     _input_embed_layer = "embeddings"
-    _is_stateful = True                                                      # generate: no assisted decoding
     _can_record_outputs = {"hidden_states": GSABlock}
 
 
