@@ -291,6 +291,19 @@ def commit() -> str:
         return "unknown"
 
 
+def bars(axis: Any, rows: list[dict[str, Any]], value: Callable[[dict[str, Any], str], float], unit: str, title: str) -> None:
+    """A group of bars for each row: value(row, name) for every contestant of any row, then for "floor"."""
+    names = [*dict.fromkeys(name for row in rows for name in row["ms"]), "floor"]
+    for i, name in enumerate(names):
+        axis.bar([x + i * 0.8 / len(names) for x in range(len(rows))], [value(row, name) for row in rows], 0.8 / len(names), label=name)
+    axis.set_yscale("log")
+    axis.set_ylabel(unit)
+    axis.set_title(title, fontsize=10)
+    axis.set_xticks([x + 0.3 for x in range(len(rows))], [row["shape"] for row in rows], rotation=25, ha="right", fontsize=7)
+    axis.legend()
+    axis.grid(axis="y", alpha=0.3)
+
+
 def plot(rows: list[dict[str, Any]], about: dict[str, str], path: Path) -> None:
     import matplotlib
 
@@ -301,16 +314,8 @@ def plot(rows: list[dict[str, Any]], about: dict[str, str], path: Path) -> None:
     figure, axes = pyplot.subplots(len(what), 1, figsize=(max(8, 0.9 * len(rows)), 4.5 * len(what)), squeeze=False)
     for axis, kind in zip(axes[:, 0], what):
         chosen = [row for row in rows if row["what"] == kind]
-        names = [*dict.fromkeys(name for row in chosen for name in row["ms"]), "floor"]
-        for i, name in enumerate(names):
-            values = [row["floor_ms"] if name == "floor" else row["ms"].get(name, math.nan) for row in chosen]
-            axis.bar([x + i * 0.8 / len(names) for x in range(len(chosen))], values, 0.8 / len(names), label=name)
-        axis.set_yscale("log")
-        axis.set_ylabel("ms")
-        axis.set_title(f"{kind}, {about.get('cuda:0', about['cpu']).split(',')[0] if rows[0]['shape'] else ''}, torch {torch.__version__}", fontsize=10)
-        axis.set_xticks([x + 0.3 for x in range(len(chosen))], [row["shape"] for row in chosen], rotation=25, ha="right", fontsize=7)
-        axis.legend()
-        axis.grid(axis="y", alpha=0.3)
+        title = f"{kind}, {about.get('cuda:0', about['cpu']).split(',')[0]}, torch {torch.__version__}"
+        bars(axis, chosen, lambda row, name: row["floor_ms"] if name == "floor" else row["ms"].get(name, math.nan), "ms", title)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.__main__ import Shape, alternate, commit, copier, fla, make, peer_version
+from benchmarks.__main__ import Shape, alternate, bars, commit, copier, fla, make, peer_version
 from gsa_ext import gsa_step, testing
 from gsa_ext.cli.info import facts
 
@@ -155,17 +155,9 @@ def plot(rows: list[dict[str, Any]], about: dict[str, str], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = list(dict.fromkeys(name for row in rows for name in row["ms"]))
     figure, axis = pyplot.subplots(figsize=(max(8, 0.9 * len(rows)), 4.5))
-    for i, name in enumerate([*names, "floor"]):
-        values = [1e3 * (row["floor_ms"]["ours"] if name == "floor" else row["ms"].get(name, math.nan)) for row in rows]
-        axis.bar([x + i * 0.8 / (len(names) + 1) for x in range(len(rows))], values, 0.8 / (len(names) + 1), label=name)
-    axis.set_yscale("log")
-    axis.set_ylabel("us")
-    axis.set_title(f"one token, {about.get('cuda:0', about['cpu']).split(',')[0]}, torch {torch.__version__}", fontsize=10)
-    axis.set_xticks([x + 0.3 for x in range(len(rows))], [row["shape"] for row in rows], rotation=25, ha="right", fontsize=7)
-    axis.legend()
-    axis.grid(axis="y", alpha=0.3)
+    title = f"one token, {about.get('cuda:0', about['cpu']).split(',')[0]}, torch {torch.__version__}"
+    bars(axis, rows, lambda row, name: 1e3 * (row["floor_ms"]["ours"] if name == "floor" else row["ms"].get(name, math.nan)), "us", title)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

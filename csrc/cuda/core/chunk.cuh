@@ -144,7 +144,6 @@ template <int pending>
 __device__ inline void cp_async_wait_for() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }   // all but the last `pending` groups
-__device__ inline void cp_async_wait() { asm volatile("cp.async.commit_group;\ncp.async.wait_group 0;" ::: "memory"); }
 
 // The general case of load_tile: any alignment, any type into fp32. Rare, so not inlined.
 template <class E>
@@ -158,7 +157,7 @@ __device__ __noinline__ void load_tile_slowly(E* tile, int ld, Rows src, int ROW
 }
 
 // tile[ROWS][ld] = rows 0 .. rows-1, columns col .. col+COLS-1 of src, zero outside [rows) x [cols). Asynchronous where the addresses are
-// multiples of 16 bytes (cp_async_wait and a barrier before use). THREADS take part, tid is this one's number among them.
+// multiples of 16 bytes (cp_async_wait_for and a barrier before use). THREADS take part, tid is this one's number among them.
 template <int THREADS, class E, int ROWS, int COLS>
 __device__ inline void load_tile(E* tile, int ld, const Rows& src, int rows, int col, int cols, int tid = threadIdx.x) {
   constexpr int width = 16 / sizeof(E), across = COLS / width;      // 16-byte pieces in a row

@@ -111,16 +111,6 @@ struct Arith {
 #pragma unroll
       for (int i = 0; i < 4; ++i) split_pair(acc[2 * k + (i >> 1)][(i & 1) * 2], acc[2 * k + (i >> 1)][(i & 1) * 2 + 1], a.hi.r[k][i], a.lo.r[k][i]);
   }
-  template <int KD>
-  __device__ static void from_tile_t_split(Split<KD>& a, const float* tile, int ld) {     // A[i][k] = tile[k * ld + i], fp32
-#pragma unroll
-    for (int k = 0; k < KD / 16; ++k)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float* p = tile + (k * 16 + frag_col() + (i >> 1) * 8) * ld + frag_row() + (i & 1) * 8;
-        split_pair(p[0], p[ld], a.hi.r[k][i], a.lo.r[k][i]);
-      }
-  }
   __device__ static void split_pair(float x, float y, uint32_t& hi, uint32_t& lo) {
     const E hx = from_float<E>(x), hy = from_float<E>(y);
     hi = pack<E>(x, y);
@@ -207,10 +197,6 @@ struct Arith<float> {
   template <int KD>
   __device__ static void from_acc_split(Op<KD>& a, const float (&acc)[KD / 8][4], float* scratch, int ld) {
     from_acc<KD>(a, acc, scratch, ld);
-  }
-  template <int KD>
-  __device__ static void from_tile_t_split(Op<KD>& a, const float* tile, int ld) {
-    from_tile_t<KD>(a, tile, ld);
   }
   template <int NT, int KD>
   __device__ static void mma_nn(float (*acc)[4], const Op<KD>& a, const float* b, int ld) {

@@ -19,6 +19,12 @@ struct RowsShared {
   static_assert(bytes <= (Cfg::small || Cfg::fp32 ? 99 : 113) * 1024);
 };
 
+// One pass of a ring: columns 0 .. D - 1 of `rows` rows of x and y, rows 0 .. D - 1 of h, which has M columns. x.ptr == nullptr: pass without x.
+struct Pass {
+  Rows x, y, h;
+  int D, rows, M;
+};
+
 // The ring, and the order in which slices come: pass after pass, each along the columns of x and y and the rows of h.
 template <class Cfg>
 struct Ring {
@@ -44,12 +50,12 @@ struct Ring {
   }
   __device__ float* y_scratch(int warp) const { return x_scratch(0) + Cfg::NB * Triangle<Cfg>::x_floats + warp * Triangle<Cfg>::y_floats; }
 
-  // Sends off the next slice, if there is one. pass_of(i): {x, y, h: Rows; D; rows; M} of pass i; x.ptr == nullptr: pass without x.
+  // Sends off the next slice, if there is one. pass_of(i): the Pass number i.
   template <class PassOf>
   __device__ void send(int passes, PassOf&& pass_of) {
     if (pass < passes) {
       const Slice s = slice(sent);
-      const auto now = pass_of(pass);
+      const Pass now = pass_of(pass);
       const int left = now.D - d;
       if (now.x.ptr) x.load(s.x, Cfg::ldd, d, now.rows, left, [&] { return now.x; });
       y.load(s.y, Cfg::ldd, d, now.rows, left, [&] { return now.y; });
@@ -62,10 +68,7 @@ struct Ring {
     }
     cp_async_commit();
   }
-  template <class Pass>
-  __device__ void open(const Pass& now) {
-    x.open(now.x, now.D), y.open(now.y, now.D), h.open(now.h, now.M);
-  }
+  __device__ void open(const Pass& now) { x.open(now.x, now.D), y.open(now.y, now.D), h.open(now.h, now.M); }
   // The next slice, complete; the one after it is sent off.
   template <class PassOf>
   __device__ Slice next(int passes, PassOf&& pass_of) {
@@ -75,12 +78,6 @@ struct Ring {
     send(passes, pass_of);
     return s;
   }
-};
-
-// One pass of a ring.
-struct Pass {
-  Rows x, y, h;
-  int D, rows, M;
 };
 
 // Two words of a row, of tiles t and t + 1, to 8 bytes side by side: an even lane gets both of tile t, an odd lane both of tile t + 1, so that the four
