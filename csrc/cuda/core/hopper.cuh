@@ -448,10 +448,9 @@ struct GateMaker {
 
   // Whether a window with these sums is safe.
   __device__ bool safe(const float (&total)[2]) const {
-    float top = fmaxf(-total[0], -total[1]);
+    float top = fmaxf(fmaxf(-total[0], -total[1]), 0.f);    // not negative: ordered as its bits are
     if (isnan(total[0]) || isnan(total[1])) top = INFINITY;
-#pragma unroll
-    for (int x = 16; x; x >>= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, x));
+    top = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(top)));
     return top <= limit;
   }
   // Bit t: a window starts at token t.
@@ -460,7 +459,7 @@ struct GateMaker {
     for (int i = 0; i < ROWS; ++i) {
       float x = fmaxf(-g[i][0], -g[i][1]);
       if (isnan(g[i][0]) || isnan(g[i][1])) x = INFINITY;
-      x = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(fmaxf(x, 0.f))));       // not negative: ordered as their bits are
+      x = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(fmaxf(x, 0.f))));
       if (lane == 0) scratch.span[warp * ROWS + i] = x;
     }
     together();
