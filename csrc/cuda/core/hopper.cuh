@@ -448,9 +448,10 @@ struct GateMaker {
 
   // Whether a window with these sums is safe.
   __device__ bool safe(const float (&total)[2]) const {
-    float top = fmaxf(fmaxf(-total[0], -total[1]), 0.f);    // not negative: ordered as its bits are
+    float top = fmaxf(-total[0], -total[1]);
     if (isnan(total[0]) || isnan(total[1])) top = INFINITY;
-    top = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(top)));
+#pragma unroll
+    for (int x = 16; x; x >>= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, x));
     return top <= limit;
   }
   // Bit t: a window starts at token t.
