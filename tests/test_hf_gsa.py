@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 pytest.importorskip("transformers")
 
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
