@@ -67,7 +67,7 @@ def build(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.d
 
     config = LlamaConfig(vocab_size=32, hidden_size=hidden, intermediate_size=32, num_hidden_layers=1, num_attention_heads=HQ, num_key_value_heads=H,
                          max_position_embeddings=T, dtype=dtype)
-    model = gsa_ext.hf.convert(LlamaForCausalLM(config).to(device, dtype), name, num_slots=M)
+    model = gsa_ext.hf.convert(LlamaForCausalLM(config).to(device, dtype), name, num_slots=hidden // HQ if name == "liger" else M)
     attention: Any = model.model.layers[0].self_attn
     rotation = model.model.rotary_emb(torch.zeros(1, T, hidden, device=device, dtype=dtype), torch.arange(T, device=device)[None])
     return attention.train(), lambda x: attention(x, position_embeddings=rotation)[0]

@@ -141,7 +141,8 @@ class GSAAttention(nn.Module):
         state = None if past_key_values is None else cast(GSACacheLayer, layer_state(past_key_values, self.layer_idx, GSACacheLayer))
         q, k, v = self._family.project(self, hidden_states)              # [B, T, heads, head_dim]
         g = log_gate(self._gate_logits(hidden_states, k), self.settings["gate_logit_normalizer"])
-        rotated = self._rotated(q, k, position_embeddings)
+        keep_rope = self.settings["rope"] == "keep"
+        rotated = self._rotated(q, k, position_embeddings) if keep_rope or self.window is not None else (q, k)
 
         beside = None
         if self.window is not None:
@@ -150,14 +151,14 @@ class GSAAttention(nn.Module):
                 *rotated, v, self.window, self.softmax_scale, mask, past, cu_seqlens, keep=state is not None)      # type: ignore[misc]
             if state is not None:
                 state.window = kept
-        if self.settings["rope"] == "keep":
+        if keep_rope:
             q, k = rotated
         if self.settings["silu"]:
             q, k, v = F.silu(q), F.silu(k), F.silu(v)
         o = slot_attention(q, k, v, g, self.scale, mask, state, cu_seqlens)
         if beside is not None:
             share = self.settings["mix"] if self.window_mix is None else self.window_mix()
-            o = share * beside + (1 - share) * o
+            o = torch.lerp(o, beside, share.to(o.dtype) if isinstance(share, Tensor) else share)
         o = o.flatten(-2)
         if self.g_norm is not None:
             o = self.g_norm(F.silu(o))
@@ -184,8 +185,8 @@ class GSAAttention(nn.Module):
             if self._family.input_norm is None:                          # the gate wants inputs of known size
                 x = F.rms_norm(x, x.shape[-1:])
             return self.f_proj(x).unflatten(-1, (self.num_kv_heads, self.num_slots))
-        if self.num_slots == self.head_dim:
-            return k
+        if self.head_dim % self.num_slots == 0:
+            return k if self.num_slots == self.head_dim else k.unflatten(-1, (self.num_slots, -1)).mean(-1)
         return F.adaptive_avg_pool1d(k.flatten(0, 1), self.num_slots).unflatten(0, k.shape[:2])
 
     def extra_repr(self) -> str:
