@@ -72,3 +72,24 @@ def test_fsdp(inputs, tmp_path):
     losses = [float(x) for x in re.findall(r"loss ([\d.]+)", run.stdout)]
     assert len(losses) == 12 and losses[-1] < losses[0]
     check(output, inputs)
+
+
+def test_evidence(tmp_path, monkeypatch, capsys):
+    """The comparison of arms, at toy size: stopped and gone on with, each run once, and told."""
+    from benchmarks import evidence
+
+    def call(*options):
+        monkeypatch.setattr(sys, "argv", ["evidence", str(tmp_path), *options])
+        assert evidence.main() == 0
+        return capsys.readouterr().out
+
+    tiny = ["--tiny", "--device", "cpu", "--teacher-tokens", "2600", "--tokens", "3100", "--seeds", "2", "--arms", "t2r", "t2r, transfer first"]
+    assert "call again" in call(*tiny, "--seconds", "0")                 # the teacher is begun
+    assert (tmp_path / "teacher" / "partial.pt").exists()
+    while "call again" in call(*tiny, "--seconds", "1"):
+        pass
+    runs = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
+    assert len(runs) == 2 * (3 + 1)
+    assert "all runs are there" in call(*tiny) and runs == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
+    told = call("--report")
+    assert "t2r, transfer first" in told and "±" in told and (tmp_path / "evidence.png").stat().st_size > 1000

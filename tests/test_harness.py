@@ -52,8 +52,9 @@ def test_lm_eval(preset, layers, tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"eos_token": "<end>"})                 # the harness starts texts with it
     end = tokenizer.eos_token_id
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                                         initializer_range=0.2, max_position_embeddings=512, bos_token_id=end, eos_token_id=end)).eval()
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
+        max_position_embeddings=512, bos_token_id=end, eos_token_id=end)).eval()
     convert(model, preset, layers, num_slots=12)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")

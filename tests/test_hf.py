@@ -58,11 +58,14 @@ def test_attention_is_the_recurrence(device):
         x = torch.randn(2, T, 32, device=device)
         rotary = model.model.rotary_emb(x, torch.arange(T, device=device)[None])
         with torch.no_grad():
+            layer.f_proj.weight.mul_(4)
             q, k, v = (p(x).unflatten(-1, (-1, 8)) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
             if preset == "t2r":
                 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
                 q, k = apply_rotary_pos_emb(q, k, *rotary, unsqueeze_dim=2) if layer.settings["rope"] == "keep" else (q, k)
                 g = torch.nn.functional.logsigmoid(layer.f_proj(x)) / layer.settings["gate_logit_normalizer"]
+                assert (g < -3.7).any()                                # the floor of this preset
+                g = g.clamp(min=-3.7)
             else:
                 q, k, v = (torch.nn.functional.silu(y) for y in (q, k, v))
                 g = torch.nn.functional.logsigmoid(layer.f_proj(x)) / 8

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from gsa_ext.hf.cache import GSACacheLayer
+from gsa_ext.hf.rotary import is_half_rotation
 from gsa_ext.hf.window import causal_attention, window_attention
 from gsa_ext.layer import RMSNorm, layer_state, log_gate, slot_attention
 
@@ -96,6 +97,7 @@ class GSAAttention(nn.Module):
         self.rotates = family.rotates(attention)
         self._family = family
         self.apply_rotary = getattr(sys.modules[type(attention).__module__], family.rotary)
+        self.rotates_halves = is_half_rotation(self.apply_rotary)
         for name in (*family.modules, *family.norms):
             if hasattr(attention, name):
                 setattr(self, name, getattr(attention, name))
@@ -141,6 +143,8 @@ class GSAAttention(nn.Module):
         state = None if past_key_values is None else cast(GSACacheLayer, layer_state(past_key_values, self.layer_idx, GSACacheLayer))
         q, k, v = self._family.project(self, hidden_states)              # [B, T, heads, head_dim]
         g = log_gate(self._gate_logits(hidden_states, k), self.settings["gate_logit_normalizer"])
+        floor = self.settings.get("gate_floor")                          # absent from models that were converted before there was one
+        g = g if floor is None else g.clamp(min=floor)
         keep_rope = self.settings["rope"] == "keep"
         rotated = self._rotated(q, k, position_embeddings) if keep_rope or self.window is not None else (q, k)
 
