@@ -184,6 +184,7 @@ class Trainer:
                 self._once()
                 self.optimizer.zero_grad()
         torch.cuda.current_stream().wait_stream(side)
+        self.loss = None                                                 # and with it the autograd graph of that stream
         for state in self.optimizer.state.values():
             for value in state.values():
                 value.zero_()

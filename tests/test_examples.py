@@ -1,4 +1,4 @@
-"""examples/, each run on a tiny model, on the CPU."""
+"""examples/, each run on a tiny model; the comparison of arms in benchmarks/evidence.py."""
 
 import os
 import re
@@ -45,13 +45,14 @@ def check(folder, inputs):
 
 
 @pytest.mark.parametrize("name", ["loop", "trainer", "lora"])
-def test_example(name, inputs, tmp_path, monkeypatch, capsys):
+def test_example(name, inputs, device, tmp_path, monkeypatch, capsys):
     if name == "lora":
         pytest.importorskip("peft")
     if name == "trainer":
         pytest.importorskip("accelerate")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    if device.type == "cpu":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     output = str(tmp_path / "out")
     monkeypatch.setattr(sys, "argv", [name, *inputs, output, "--steps", "16", *SIZES])
     torch.manual_seed(0)
@@ -74,7 +75,7 @@ def test_fsdp(inputs, tmp_path):
     check(output, inputs)
 
 
-def test_evidence(tmp_path, monkeypatch, capsys):
+def test_evidence(device, tmp_path, monkeypatch, capsys):
     """The comparison of arms, at toy size: stopped and gone on with, each run once, and told."""
     from benchmarks import evidence
 
@@ -83,7 +84,7 @@ def test_evidence(tmp_path, monkeypatch, capsys):
         assert evidence.main() == 0
         return capsys.readouterr().out
 
-    tiny = ["--tiny", "--device", "cpu", "--teacher-tokens", "2600", "--tokens", "3100", "--seeds", "2", "--arms", "t2r", "t2r, transfer first"]
+    tiny = ["--tiny", "--device", device.type, "--teacher-tokens", "2600", "--tokens", "3100", "--seeds", "2", "--arms", "t2r", "t2r, transfer first"]
     assert "call again" in call(*tiny, "--seconds", "0")                 # the teacher is begun
     assert (tmp_path / "teacher" / "partial.pt").exists()
     while "call again" in call(*tiny, "--seconds", "1"):
