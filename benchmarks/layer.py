@@ -27,6 +27,7 @@ from gsa_ext.cli.info import facts
 
 LAYERS = ("layer", "t2r", "paper", "liger")
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::linear", "aten::matmul", "aten::bmm", "aten::linear_backward", "aten::mkldnn_linear")
+GEMMS = ("nvjet", "gemm", "xmma", "cutlass", "cublas", "splitK")
 COPIES = ("_to_copy", "clone", "copy_", "cat", "contiguous", "repeat", "index_select")
 
 
@@ -36,17 +37,22 @@ def main() -> int:
     parser.add_argument("--shape", default=None, metavar="B,T,hidden,HQ,H,M", help="default: 4,4096,4096,32,8,64 on CUDA, 1,256,128,4,2,16 on the CPU")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--layers", nargs="+", default=LAYERS, choices=LAYERS)
+    parser.add_argument("--compile", action="store_true", help="also each layer after torch.compile (on a GPU)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="where the JSON goes")
     args = parser.parse_args()
     device = torch.device(args.device)
+    if args.compile and device.type == "cpu":
+        parser.error("--compile: on a GPU only, where kernels can be told apart")
     shape = tuple(map(int, (args.shape or ("4,4096,4096,32,8,64" if device.type == "cuda" else "1,256,128,4,2,16")).split(",")))
     about = {**facts(), "commit": commit(), "shape": dict(zip(("B", "T", "hidden", "HQ", "H", "M"), shape)), "dtype": args.dtype,
              "date": time.strftime("%Y-%m-%d %H:%M")}
     for name in ("gsa_ext", "python"):
         about[name] = about[name].split(",")[0]                          # and not where it is
-    rows = [measure(name, shape, getattr(torch, args.dtype), device) for name in args.layers]
-    for row in rows:
-        show(row)
+    rows = []
+    for compiled in (False, True) if args.compile else (False,):
+        for name in args.layers:
+            rows.append(measure(name, shape, getattr(torch, args.dtype), device, compiled))
+            show(rows[-1])
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"layer-{device.type}-{time.strftime('%Y%m%d-%H%M%S')}.json"
     path.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
@@ -73,9 +79,12 @@ def build(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.d
     return attention.train(), lambda x: attention(x, position_embeddings=rotation)[0]
 
 
-def measure(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, calls: int = 5) -> dict[str, Any]:
+def measure(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, compiled: bool, calls: int = 5) -> dict[str, Any]:
     cuda = device.type == "cuda"
     layer, forward = build(name, shape, dtype, device)
+    if compiled:
+        torch._dynamo.reset()
+        forward = torch.compile(forward, fullgraph=True, dynamic=False)
     x = torch.randn(*shape[:3], device=device).to(dtype).requires_grad_()
     leaves = [x, *layer.parameters()]
     cotangent = torch.randn_like(x)
@@ -102,18 +111,20 @@ def measure(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
         call()
         wait()
         times.append(1e3 * (time.perf_counter() - start))
-    with Copies(x.numel()) as copies:
-        call()
+    copies = Copies(x.numel())
+    if not compiled:                                                     # after that there are no operators to look at
+        with copies:
+            call()
     kinds = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if cuda else [])
     with torch.profiler.profile(activities=kinds) as profile:
         for _ in range(calls):
             call()
         wait()
-    parts, rest, launches = split(profile.events(), cuda)
+    parts, rest, launches = by_kernel(profile.events()) if compiled else split(profile.events(), cuda)
     total = sum(parts.values())
-    return {"layer": name, "total_ms": statistics.median(times), "profiled_ms": total / calls / 1e3, "peak_MiB": peak, "launches": launches / calls,
-            "percent": {part: 100 * value / total for part, value in parts.items()},
-            "rest_ms": {op: value / calls / 1e3 for op, value in rest.most_common(12)}, "copies": dict(copies.found)}
+    return {"layer": name, "compiled": compiled, "total_ms": statistics.median(times), "profiled_ms": total / calls / 1e3, "peak_MiB": peak,
+            "launches": launches / calls, "percent": {part: 100 * value / total for part, value in parts.items()},
+            "rest_ms": {op: value / calls / 1e3 for op, value in rest.most_common(12)}, "copies": None if compiled else dict(copies.found)}
 
 
 def split(events: Any, cuda: bool) -> tuple[dict[str, float], Counter[str], int]:
@@ -140,6 +151,20 @@ def split(events: Any, cuda: bool) -> tuple[dict[str, float], Counter[str], int]
     return parts, rest, launches
 
 
+def by_kernel(events: Any) -> tuple[dict[str, float], Counter[str], int]:
+    """As :func:`split`, of compiled code, by the names of the kernels."""
+    parts, rest, launches = {"op": 0.0, "projections": 0.0, "rest": 0.0}, Counter[str](), 0
+    for event in events:
+        if str(event.device_type) == "DeviceType.CPU" or getattr(event, "is_user_annotation", False):
+            continue
+        launches += 1
+        part = "op" if "gsa::" in event.name else "projections" if any(mark in event.name for mark in GEMMS) else "rest"
+        parts[part] += event.self_device_time_total
+        if part == "rest":
+            rest[event.name.split("(")[0][:60]] += event.self_device_time_total
+    return parts, rest, launches
+
+
 class Copies(TorchDispatchMode):
     """Counts outputs of at least ``size`` numbers made by copying operators, by name."""
 
@@ -158,9 +183,11 @@ class Copies(TorchDispatchMode):
 def show(row: dict[str, Any]) -> None:
     shares = "  ".join(f"{part} {value:.1f} %" for part, value in row["percent"].items())
     memory = "" if row["peak_MiB"] is None else f"  {row['peak_MiB']:.0f} MiB"
-    print(f"{row['layer']:<6} {row['total_ms']:.3f} ms ({row['profiled_ms']:.3f} in {row['launches']:.0f} kernels)  {shares}{memory}")
+    kind = "compiled " if row["compiled"] else ""
+    print(f"{row['layer']:<6} {kind}{row['total_ms']:.3f} ms ({row['profiled_ms']:.3f} in {row['launches']:.0f} kernels)  {shares}{memory}")
     print(f"{'':<6} rest, ms: " + "  ".join(f"{op.removeprefix('aten::')} {value:.3f}" for op, value in row["rest_ms"].items()))
-    print(f"{'':<6} full-size copies: {row['copies'] or 'none'}", flush=True)
+    if not row["compiled"]:
+        print(f"{'':<6} full-size copies: {row['copies'] or 'none'}", flush=True)
 
 
 if __name__ == "__main__":
