@@ -214,12 +214,11 @@ class RMSNorm(nn.Module):
         self.register_parameter("weight", nn.Parameter(torch.ones(size, device=device, dtype=dtype)) if elementwise_affine else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda and (self.weight is None or self.weight.dtype == x.dtype):
-            with torch.autocast("cuda", enabled=False):                  # which would cast x to fp32
-                return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)        # one kernel, and no fp32 copy of x
+        if self.weight is None or self.weight.dtype == x.dtype:
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)    # one kernel
         y = x.to(torch.promote_types(x.dtype, torch.float32))
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (y if self.weight is None else y * self.weight).to(x.dtype)
+        return (y * self.weight).to(x.dtype)
 
 
 class LinearReLU(nn.Module):

@@ -64,7 +64,7 @@ def test_attention_is_the_recurrence(device):
                 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
                 q, k = apply_rotary_pos_emb(q, k, *rotary, unsqueeze_dim=2) if layer.settings["rope"] == "keep" else (q, k)
                 g = torch.nn.functional.logsigmoid(layer.f_proj(x)) / layer.settings["gate_logit_normalizer"]
-                assert (g < -3.7).any()                                # the floor of this preset
+                assert (g < -3.7).any() and layer.settings["gate_floor"] == -3.7
                 g = g.clamp(min=-3.7)
             else:
                 q, k, v = (torch.nn.functional.silu(y) for y in (q, k, v))

@@ -92,6 +92,9 @@ class GSAAttention(nn.Module):
         self.num_slots: int = settings["num_slots"]
         self.scale: float = settings["scale"]
         self.window: int | None = settings.get("window")
+        floor = settings.get("gate_floor")                               # absent from models that were converted before there was one
+        kept = None if floor is None else math.exp(floor * settings["gate_logit_normalizer"])
+        self.lowest_logit = None if kept is None else math.log(kept / (1 - kept))
         self.softmax_scale: float = attention.scaling
         self.softmax_window = family.window(attention)
         self.rotates = family.rotates(attention)
@@ -143,8 +146,6 @@ class GSAAttention(nn.Module):
         state = None if past_key_values is None else cast(GSACacheLayer, layer_state(past_key_values, self.layer_idx, GSACacheLayer))
         q, k, v = self._family.project(self, hidden_states)              # [B, T, heads, head_dim]
         g = log_gate(self._gate_logits(hidden_states, k), self.settings["gate_logit_normalizer"])
-        floor = self.settings.get("gate_floor")                          # absent from models that were converted before there was one
-        g = g if floor is None else g.clamp(min=floor)
         keep_rope = self.settings["rope"] == "keep"
         rotated = self._rotated(q, k, position_embeddings) if keep_rope or self.window is not None else (q, k)
 
@@ -188,7 +189,8 @@ class GSAAttention(nn.Module):
         if self.f_proj is not None:
             if self._family.input_norm is None:                          # the gate wants inputs of known size
                 x = F.rms_norm(x, x.shape[-1:])
-            return self.f_proj(x).unflatten(-1, (self.num_kv_heads, self.num_slots))
+            f = self.f_proj(x).unflatten(-1, (self.num_kv_heads, self.num_slots))
+            return f if self.lowest_logit is None else f.clamp(min=self.lowest_logit)
         if self.head_dim % self.num_slots == 0:
             return k if self.num_slots == self.head_dim else k.unflatten(-1, (self.num_slots, -1)).mean(-1)
         return F.adaptive_avg_pool1d(k.flatten(0, 1), self.num_slots).unflatten(0, k.shape[:2])
