@@ -48,14 +48,14 @@ def main() -> int:
              "date": time.strftime("%Y-%m-%d %H:%M")}
     for name in ("gsa_ext", "python"):
         about[name] = about[name].split(",")[0]                          # and not where it is
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"layer-{device.type}-{time.strftime('%Y%m%d-%H%M%S')}.json"
     rows = []
     for compiled in (False, True) if args.compile else (False,):
         for name in args.layers:
             rows.append(measure(name, shape, getattr(torch, args.dtype), device, compiled))
             show(rows[-1])
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"layer-{device.type}-{time.strftime('%Y%m%d-%H%M%S')}.json"
-    path.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+            path.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     print(f"\nwritten: {path}")
     return 0
 

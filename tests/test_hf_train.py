@@ -215,7 +215,7 @@ def test_trainer_and_accelerate(device, tmp_path):
     transformers.Trainer(model=model, args=arguments, train_dataset=rows).train()
     results.append(model)
     for accelerator in (accelerate.Accelerator(cpu=cpu), None):
-        model = converted(device=device).train()
+        model = converted().to(device).train()                           # as the first: new weights are drawn where the model is
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0, eps=1e-2)      # or rounding decides where gradients are nearly 0
         loader = torch.utils.data.DataLoader(rows, batch_size=2)
         wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader) if accelerator else (model, optimizer, loader)
