@@ -11,6 +11,7 @@
 #include "core/scan.cuh"
 #include "core/select.cuh"
 #include "core/tile_io.cuh"
+#include "hopper.h"
 #include "states.h"
 
 namespace gsa::cuda {
@@ -116,7 +117,9 @@ StatePlan state_plan(const Params& p) {
 
 }  // namespace
 
-int64_t forward_workspace(const Params& p) { return state_plan(p).bytes; }
+int64_t states_workspace(const Params& p) { return state_plan(p).bytes; }
+
+int64_t forward_workspace(const Params& p) { return hopper_takes(p) ? 0 : states_workspace(p); }
 
 States forward_states(const Params& p, void* hkT, void* hvT, bool recompute) {
   char* base = static_cast<char*>(p.workspace);
@@ -143,6 +146,7 @@ States forward_states(const Params& p, void* hkT, void* hvT, bool recompute) {
 
 void chunk_forward(const ForwardParams& p) {
   require_device();
+  if (hopper_takes(p)) return hopper_forward(p, p.boundary);
   const States s = forward_states(p, p.hkT, p.hvT, true);
   select_config(p, [&]<class Cfg>() {
     const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, Cfg::C);
