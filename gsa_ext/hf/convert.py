@@ -21,7 +21,8 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 #:   num_slots              slots per key/value head
 #:   gate                   "proj": a new projection f_proj of the hidden states; "key": the keys, before rotation, averaged to one number per slot
 #:   gate_logit_normalizer  tau in g = logsigmoid(f) / tau
-#:   gate_floor             the lowest log gate. Sixteen tokens at -3.7 leave 1e-25.7 of a slot, which the fast path of the CUDA kernels still takes; None: any
+#:   gate_floor             the lowest log gate; None: any. Sixteen tokens at -3.7 leave 1e-25.7 of a slot: the fast path of the portable CUDA kernels, which
+#:                          ends at 1e-26, and fewer windows for those for Hopper
 #:   gate_spread            standard deviation of the gate's logits at the start; None: whatever weights of the model's initializer_range give
 #:   half_lives             (shortest, longest) half-life of what the slots hold at the start, in tokens, by f_proj's bias; None: no bias
 #:   silu                   silu on q, k and v
