@@ -460,7 +460,7 @@ struct GateMaker {
     for (int i = 0; i < ROWS; ++i) {
       float x = fmaxf(-g[i][0], -g[i][1]);
       if (isnan(g[i][0]) || isnan(g[i][1])) x = INFINITY;
-      x = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(fmaxf(x, 0.f))));       // not negative: ordered as their bits are
+      x = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(fmaxf(x, 0.f))));
       if (lane == 0) scratch.span[warp * ROWS + i] = x;
     }
     together();
