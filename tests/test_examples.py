@@ -78,7 +78,10 @@ def test_fsdp(inputs, tmp_path):
 def test_evidence(device, tmp_path, monkeypatch, capsys):
     """The comparison of arms, at toy size: stopped and gone on with, each run once, and told."""
     from benchmarks import evidence
+    from gsa_ext.cli import _t2r_data
 
+    train, held = _t2r_data.python_sources()
+    monkeypatch.setattr(_t2r_data, "python_sources", lambda: (train[:60_000], held[:3_000]))
     def call(*options):
         monkeypatch.setattr(sys, "argv", ["evidence", str(tmp_path), *options])
         assert evidence.main() == 0
