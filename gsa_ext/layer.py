@@ -200,7 +200,8 @@ def slot_attention(
 
 def log_gate(logits: Tensor, normalizer: float) -> Tensor:
     """``logsigmoid(logits) / normalizer`` in fp32 (fp64 stays fp64): in 16 bits the write strength ``1 - exp(g)`` would vanish for slow slots."""
-    return F.logsigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32))) / normalizer
+    g = F.logsigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+    return g if normalizer == 1 else g / normalizer
 
 
 class RMSNorm(nn.Module):
@@ -213,9 +214,11 @@ class RMSNorm(nn.Module):
         self.register_parameter("weight", nn.Parameter(torch.ones(size, device=device, dtype=dtype)) if elementwise_affine else None)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.weight is None or self.weight.dtype == x.dtype:
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)    # one kernel
         y = x.to(torch.promote_types(x.dtype, torch.float32))
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (y if self.weight is None else y * self.weight).to(x.dtype)
+        return (y * self.weight).to(x.dtype)
 
 
 class LinearReLU(nn.Module):

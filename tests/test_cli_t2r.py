@@ -92,12 +92,12 @@ def test_killed_and_resumed(own, finished, tmp_path, capsys):
     assert ours == want
 
 
-def test_stages(own, tmp_path, monkeypatch, capsys):
+def test_stages(own, device, tmp_path, monkeypatch, capsys):
     """transfer, lora, full from a YAML file; SIGTERM in the second one, then --resume to what would have come out."""
     pytest.importorskip("peft")
     config = tmp_path / "run.yaml"
     config.write_text(f"model: {own}/model\ndata: {own}/data.jsonl\ntext_column: body\nstages: [transfer, lora, full]\ntransfer-steps: 4\nsteps: 5\n"
-                      "num_slots: 8\nwindow: 4\nseq_len: 32\nbatch_size: 4\nmax_new_tokens: 8\nlr: 5e-3\ndevice: cpu\n")
+                      f"num_slots: 8\nwindow: 4\nseq_len: 32\nbatch_size: 4\nmax_new_tokens: 8\nlr: 5e-3\ndevice: {device.type}\n")
     assert main(["t2r", "--config", str(config), "--output", str(tmp_path / "whole")]) == 0
     plan = capsys.readouterr().out
     assert "2 of 2 become GSA" in plan and "transfer    4 steps of 128 tokens" in plan and "beside a window of 4 tokens" in plan
@@ -122,8 +122,9 @@ def test_stages(own, tmp_path, monkeypatch, capsys):
     assert list((tmp_path / "cut" / "lora").glob("checkpoint-*/complete")) and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert main(["t2r", "--output", str(tmp_path / "cut"), "--resume"]) == 0
     cut = json.loads((tmp_path / "cut" / "report.json").read_text())
-    assert cut["bits_per_byte"] == whole["bits_per_byte"]
-    assert (tmp_path / "cut" / "model" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model" / "model.safetensors").read_bytes()
+    assert cut["bits_per_byte"] == (whole["bits_per_byte"] if device.type == "cpu" else pytest.approx(whole["bits_per_byte"], rel=1e-2))
+    files = [(tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("cut", "whole")]
+    assert device.type == "cuda" or files[0] == files[1]
 
     for text, message in (("stages: [warmup]", "--stages"), ("step: 3", "no option step"), ("steps: many", "expected int"), ("steps", "expected options"),
                           ("steps: [", "cannot be read")):
@@ -150,7 +151,7 @@ def test_full_disk(own, finished, tmp_path, capsys, room):
     assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == (finished / "model" / "model.safetensors").read_bytes()
 
 
-def test_convert_and_eval(own, tmp_path, capsys):
+def test_convert_and_eval(own, device, tmp_path, capsys):
     model, output = str(own / "model"), str(tmp_path / "converted")
     assert main(["convert", model, output, "--preset", "liger", "--layers", "1", "--num-slots", "8", "--window", "8", "--mix", "learned"]) == 0
     assert "1 of 2 layers converted (liger), 4 new parameters" in capsys.readouterr().out
@@ -158,7 +159,7 @@ def test_convert_and_eval(own, tmp_path, capsys):
     assert saved.keys() == {"1"} and saved["1"]["window"] == 8 and saved["1"]["mix"] == "learned"
 
     numbers = tmp_path / "numbers.json"
-    text = ["--data", str(own / "data.jsonl"), "--text-column", "body", "--seq-len", "100", "--examples", "6", "--device", "cpu"]
+    text = ["--data", str(own / "data.jsonl"), "--text-column", "body", "--seq-len", "100", "--examples", "6", "--device", device.type]
     assert main(["eval", output, "--against", model, *text, "--json", str(numbers)]) == 0
     shown, found = capsys.readouterr().out, json.loads(numbers.read_text())
     ours, original = found["models"][output], found["models"][model]

@@ -58,11 +58,14 @@ def test_attention_is_the_recurrence(device):
         x = torch.randn(2, T, 32, device=device)
         rotary = model.model.rotary_emb(x, torch.arange(T, device=device)[None])
         with torch.no_grad():
+            layer.f_proj.weight.mul_(4)
             q, k, v = (p(x).unflatten(-1, (-1, 8)) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
             if preset == "t2r":
                 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
                 q, k = apply_rotary_pos_emb(q, k, *rotary, unsqueeze_dim=2) if layer.settings["rope"] == "keep" else (q, k)
                 g = torch.nn.functional.logsigmoid(layer.f_proj(x)) / layer.settings["gate_logit_normalizer"]
+                assert (g < -3.7).any() and layer.settings["gate_floor"] == -3.7
+                g = g.clamp(min=-3.7)
             else:
                 q, k, v = (torch.nn.functional.silu(y) for y in (q, k, v))
                 g = torch.nn.functional.logsigmoid(layer.f_proj(x)) / 8
@@ -495,3 +498,38 @@ def test_pickle_and_copy():
     model, ids = converted("t2r", "all"), tokens("cpu")
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert type(other) is type(model) and torch.equal(other(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["layer", "t2r", "paper"])
+def test_no_full_size_copies(name, device):
+    """Between the projections and the op nothing as large as the hidden states is copied, forward or backward."""
+    from benchmarks.layer import Copies, build
+
+    shape, dtype = (2, 32, 64, 4, 2, 16), torch.float32 if device.type == "cpu" else torch.bfloat16
+    layer, forward = build(name, shape, dtype, device)
+    x = torch.randn(2, 32, 64, device=device, dtype=dtype, requires_grad=True)
+    with Copies(x.numel()) as copies:
+        x.clone()
+    assert copies.found == {"clone": 1}
+    with Copies(x.numel()) as copies:
+        torch.autograd.grad(forward(x), [x, *layer.parameters()], torch.ones_like(x))
+    assert not copies.found
+
+
+def test_rotation(device):
+    """The rotation in fewer passes is transformers' own, forward and backward, of a part of the head, in mixed dtypes; other rotations are left alone."""
+    from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as interleaved
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as halves
+
+    from gsa_ext.hf.rotary import is_half_rotation, rotate_halves
+
+    assert is_half_rotation(halves) and not is_half_rotation(interleaved) and not is_half_rotation(torch.add)
+    for dtype, angles, n in ((torch.float64, torch.float64, 8), (torch.float32, torch.float32, 6), (torch.bfloat16, torch.bfloat16, 8),
+                             (torch.bfloat16, torch.float32, 8)):
+        x = torch.randn(2, 5, 3, 8, device=device).to(dtype).requires_grad_()
+        cos, sin = (torch.randn(1, 5, n, device=device).to(angles) for _ in range(2))
+        got, want = rotate_halves(x, cos, sin), torch.cat([halves(x[..., :n], x[..., :n], cos, sin, unsqueeze_dim=2)[0].to(dtype), x[..., n:]], -1)
+        assert got.dtype == dtype
+        cotangent = torch.randn_like(want)
+        for a, b in ((got, want), (torch.autograd.grad(got, x, cotangent)[0], torch.autograd.grad(want, x, cotangent)[0])):
+            close(a.double(), b.double(), {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 6e-3}[dtype])

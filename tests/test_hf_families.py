@@ -63,18 +63,18 @@ PAIRS = [(name, own, preset) for name, own in MODELS for preset in PRESETS if na
 LESS = [(name, own) for name, own in MODELS if name not in FIRST]
 
 
-def build(name, own):
+def build(name, own, device="cpu"):
     torch.manual_seed(0)
     config = CONFIG_MAPPING[name](**{**SMALL, **own})
-    return AutoModelForCausalLM.from_config(config).eval()
+    return AutoModelForCausalLM.from_config(config).eval().to(device)
 
 
-def tokens(B=2, length=T, seed=3):
-    return torch.randint(1, VOCAB, (B, length), generator=torch.Generator().manual_seed(seed))
+def tokens(device="cpu", B=2, length=T, seed=3):
+    return torch.randint(1, VOCAB, (B, length), generator=torch.Generator().manual_seed(seed)).to(device)
 
 
-def converted(name, own, preset, layers="all", **options):
-    model = build(name, own)
+def converted(name, own, preset, layers="all", device="cpu", **options):
+    model = build(name, own, device)
     torch.manual_seed(1)
     convert(model, preset, layers, **{"num_slots": 7, **({"window": 4} if preset == "liger" else {}), **options})
     return model
@@ -86,9 +86,9 @@ def close(a, b, tolerance=1e-4):
 
 
 @families
-def test_softmax_is_the_original(name, own):
+def test_softmax_is_the_original(name, own, device):
     """The adapter's projections, norms, rotation and scale make the family's own attention: what transfer aims at, and the window is a part of."""
-    model, ids = build(name, own), tokens(B=1)
+    model, ids = build(name, own, device), tokens(device, B=1)
     family, layers = FAMILIES[name], gsa_ext.hf.families.attention_layers(model, FAMILIES[name])
     seen = {}
     for i, layer in enumerate(layers):
@@ -109,7 +109,7 @@ def test_softmax_is_the_original(name, own):
 
 def check_inference(model, ids, chunks):
     """Parallel, in chunks, token by token; padding; packing. Returns the logits."""
-    pad, one = torch.zeros(2, 3, dtype=torch.long), torch.ones_like(ids)
+    pad, one = torch.zeros_like(ids[:, :3]), torch.ones_like(ids)
     with torch.no_grad():
         want = model(ids, use_cache=False).logits
         sizes = set()
@@ -122,16 +122,45 @@ def check_inference(model, ids, chunks):
         assert len(sizes) == 1
         close(model(torch.cat([pad, ids], 1), attention_mask=torch.cat([pad, one], 1)).logits[:, 3:], want)
         close(model(torch.cat([ids, pad], 1), attention_mask=torch.cat([one, pad], 1)).logits[:, :-3], want)
-        cu = torch.tensor([0, 8, 9, T], dtype=torch.int32)
+        cu = torch.tensor([0, 8, 9, T], dtype=torch.int32, device=ids.device)
         apart = torch.cat([model(ids[:1, a:b]).logits for a, b in zip(cu, cu[1:])], 1)
         close(model(ids[:1], cu_seq_lens_q=cu, cu_seq_lens_k=cu, use_cache=False).logits, apart)
     return want
 
 
+def error(a, b):
+    return ((a.float() - b.float()).square().mean().sqrt() / b.float().square().mean().sqrt()).item()
+
+
+@pytest.mark.parametrize("name, preset", [("llama", "t2r"), ("mistral", "paper"), ("qwen3", "liger"), ("gemma3_text", "t2r"), ("phi3", "liger"),
+                                          ("olmo2", "paper"), ("granite", "t2r"), ("gpt_neox", "liger"), ("smollm3", "paper")])
+def test_bf16(name, preset, device):
+    """Weights, activations and windows in bf16, states in fp32: every form is as near to fp32 with the same weights as bf16 lets it be."""
+    model, ids = converted(name, OWN.get(name, [{}])[0], preset, device=device).to(torch.bfloat16), tokens(device, length=64)
+    exact = copy.deepcopy(model).float()
+    pad, one = torch.zeros_like(ids[:, :3]), torch.ones_like(ids)
+    with torch.no_grad():
+        want, plain = exact(ids, use_cache=False).logits, model(ids, use_cache=False).logits
+        assert plain.dtype == torch.bfloat16
+        forms = {"parallel": plain, "padded": model(torch.cat([pad, ids], 1), attention_mask=torch.cat([pad, one], 1)).logits[:, 3:]}
+        for form, cuts in (("steps", range(65)), ("chunks", (0, 2, 9, 10, 64))):
+            cache, parts = DynamicCache(config=model.config), []
+            for a, b in zip(cuts, cuts[1:]):
+                parts.append(model(ids[:, a:b], past_key_values=cache, use_cache=True).logits)
+            forms[form] = torch.cat(parts, 1)
+        errors = {form: error(logits, want) for form, logits in forms.items()}
+        assert max(errors.values()) < 0.05, errors
+        assert model.generate(ids[:, :9], max_new_tokens=4, do_sample=False).shape == (2, 13)
+    model.train()(ids, labels=ids).loss.backward()
+    exact.train()(ids, labels=ids).loss.backward()
+    grads = [torch.cat([p.grad.float().flatten() for p in m.parameters()]) for m in (model, exact)]
+    assert error(*grads) < 0.2
+
+
 @pytest.mark.parametrize("name, own, preset", PAIRS, ids=[f"{name}-{preset}" for name, _, preset in PAIRS])
-def test_family(name, own, preset, tmp_path):
+def test_family(name, own, preset, device, tmp_path):
     """And beams; saving; gradients, with gradient checkpointing the same."""
-    model, ids = converted(name, own, preset), tokens()
+    model, ids = converted(name, own, preset, device=device), tokens(device)
     want = check_inference(model, ids, ([*range(T + 1)], [0, 2, 9, 10, T]))
     beams = [model.generate(ids[:, :9], max_new_tokens=4, num_beams=2, use_cache=cached) for cached in (True, False)]
     assert torch.equal(*beams)
@@ -140,7 +169,7 @@ def test_family(name, own, preset, tmp_path):
     again, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert type(again) is type(model) and not report["missing_keys"] and not report["unexpected_keys"]
     with torch.no_grad():
-        assert torch.equal(again(ids, use_cache=False).logits, want)
+        assert torch.equal(again.to(device)(ids, use_cache=False).logits, want)
 
     model.train()
     grads = []
@@ -158,20 +187,20 @@ def test_family(name, own, preset, tmp_path):
 
 
 @pytest.mark.parametrize("name, own", LESS, ids=[name for name, _ in LESS])
-def test_further_family(name, own):
-    check_inference(converted(name, own, "liger"), tokens(), ([0, 2, 9, 10, T],))
+def test_further_family(name, own, device):
+    check_inference(converted(name, own, "liger", device=device), tokens(device), ([0, 2, 9, 10, T],))
 
 
 @pytest.mark.parametrize("name, own", [pair for pair in MODELS if pair[0] in FIRST or "layer_types" in pair[1]],
                          ids=[i for i, (name, own) in zip(IDS, MODELS) if name in FIRST or "layer_types" in own])
-def test_hybrid(name, own):
+def test_hybrid(name, own, device):
     """Some layers softmax, with the masks, windows and caches that are theirs; the rest of the configuration as it was."""
-    model, ids = converted(name, own, "t2r", [1]), tokens()
+    model, ids = converted(name, own, "t2r", [1], device), tokens(device)
     plain = build(name, own)
     before, after = plain.config.to_dict(), model.config.to_dict()
     assert {key: value for key, value in after.items() if key not in ("gsa", "model_type", "architectures")} == {
         key: value for key, value in before.items() if key not in ("model_type", "architectures")}
-    pad, one = torch.zeros(2, 3, dtype=torch.long), torch.ones_like(ids)
+    pad, one = torch.zeros_like(ids[:, :3]), torch.ones_like(ids)
     with torch.no_grad():
         want = model(ids, use_cache=False).logits
         cache, parts = None, []
@@ -180,9 +209,9 @@ def test_hybrid(name, own):
             cache = out.past_key_values
             parts.append(out.logits)
         close(torch.cat(parts, 1), want)
-        padded = {"attention_mask": torch.cat([pad, one], 1), "position_ids": torch.arange(-3, T).clamp(min=0).expand(2, -1)}
+        padded = {"attention_mask": torch.cat([pad, one], 1), "position_ids": torch.arange(-3, T, device=device).clamp(min=0).expand(2, -1)}
         close(model(torch.cat([pad, ids], 1), **padded).logits[:, 3:], want)
-        positions = torch.cat([torch.arange(9), torch.arange(T - 9)])[None]
+        positions = torch.cat([torch.arange(9), torch.arange(T - 9)])[None].to(device)
         apart = torch.cat([model(ids[:1, :9]).logits, model(ids[:1, 9:]).logits], 1)
         close(model(ids[:1], position_ids=positions, use_cache=False).logits, apart)
     assert copy.deepcopy(model)(ids).logits.equal(model(ids).logits)

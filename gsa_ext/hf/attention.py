@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from gsa_ext.hf.cache import GSACacheLayer
+from gsa_ext.hf.rotary import is_half_rotation
 from gsa_ext.hf.window import causal_attention, window_attention
 from gsa_ext.layer import RMSNorm, layer_state, log_gate, slot_attention
 
@@ -91,11 +92,15 @@ class GSAAttention(nn.Module):
         self.num_slots: int = settings["num_slots"]
         self.scale: float = settings["scale"]
         self.window: int | None = settings.get("window")
+        floor = settings.get("gate_floor")                               # absent from models that were converted before there was one
+        kept = None if floor is None else math.exp(floor * settings["gate_logit_normalizer"])
+        self.lowest_logit = None if kept is None else math.log(kept / (1 - kept))
         self.softmax_scale: float = attention.scaling
         self.softmax_window = family.window(attention)
         self.rotates = family.rotates(attention)
         self._family = family
         self.apply_rotary = getattr(sys.modules[type(attention).__module__], family.rotary)
+        self.rotates_halves = is_half_rotation(self.apply_rotary)
         for name in (*family.modules, *family.norms):
             if hasattr(attention, name):
                 setattr(self, name, getattr(attention, name))
@@ -141,7 +146,8 @@ class GSAAttention(nn.Module):
         state = None if past_key_values is None else cast(GSACacheLayer, layer_state(past_key_values, self.layer_idx, GSACacheLayer))
         q, k, v = self._family.project(self, hidden_states)              # [B, T, heads, head_dim]
         g = log_gate(self._gate_logits(hidden_states, k), self.settings["gate_logit_normalizer"])
-        rotated = self._rotated(q, k, position_embeddings)
+        keep_rope = self.settings["rope"] == "keep"
+        rotated = self._rotated(q, k, position_embeddings) if keep_rope or self.window is not None else (q, k)
 
         beside = None
         if self.window is not None:
@@ -150,14 +156,14 @@ class GSAAttention(nn.Module):
                 *rotated, v, self.window, self.softmax_scale, mask, past, cu_seqlens, keep=state is not None)      # type: ignore[misc]
             if state is not None:
                 state.window = kept
-        if self.settings["rope"] == "keep":
+        if keep_rope:
             q, k = rotated
         if self.settings["silu"]:
             q, k, v = F.silu(q), F.silu(k), F.silu(v)
         o = slot_attention(q, k, v, g, self.scale, mask, state, cu_seqlens)
         if beside is not None:
             share = self.settings["mix"] if self.window_mix is None else self.window_mix()
-            o = share * beside + (1 - share) * o
+            o = torch.lerp(o, beside, share.to(o.dtype) if isinstance(share, Tensor) else share)
         o = o.flatten(-2)
         if self.g_norm is not None:
             o = self.g_norm(F.silu(o))
@@ -183,9 +189,10 @@ class GSAAttention(nn.Module):
         if self.f_proj is not None:
             if self._family.input_norm is None:                          # the gate wants inputs of known size
                 x = F.rms_norm(x, x.shape[-1:])
-            return self.f_proj(x).unflatten(-1, (self.num_kv_heads, self.num_slots))
-        if self.num_slots == self.head_dim:
-            return k
+            f = self.f_proj(x).unflatten(-1, (self.num_kv_heads, self.num_slots))
+            return f if self.lowest_logit is None else f.clamp(min=self.lowest_logit)
+        if self.head_dim % self.num_slots == 0:
+            return k if self.num_slots == self.head_dim else k.unflatten(-1, (self.num_slots, -1)).mean(-1)
         return F.adaptive_avg_pool1d(k.flatten(0, 1), self.num_slots).unflatten(0, k.shape[:2])
 
     def extra_repr(self) -> str:

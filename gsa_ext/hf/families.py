@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from gsa_ext.hf.attention import GateProjection, GSAAttention, Tokens, WindowMix
 from gsa_ext.hf.cache import check_cache
+from gsa_ext.hf.rotary import rotate_halves
 from gsa_ext.layer import token_mask
 
 
@@ -80,6 +81,8 @@ class Family:
 
     def rotate(self, module: GSAAttention, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """The family's own rotation, of as many leading dimensions as there are angles."""
+        if module.rotates_halves and not torch.compiler.is_compiling():  # a compiler sees through the formula
+            return rotate_halves(q, cos, sin), rotate_halves(k, cos, sin)
         n = cos.shape[-1]
         if n >= module.head_dim:
             return module.apply_rotary(q, k, cos, sin, unsqueeze_dim=2)

@@ -64,8 +64,9 @@ def window_attention(
     seen = F.pad(numbers, (0, extra)).unfold(1, size + back, size)[:, :, None]                        # [B, blocks, 1, size + back]
     own = F.pad(numbers[:, back:], (0, extra)).unflatten(1, (blocks, size))[..., None]
     visible = (i <= j) & (j <= i + back) & (seen == own)                                              # [B, blocks, size, size + back]
-    kb, vb = (F.pad(x, (0, 0, 0, 0, 0, extra)).unfold(1, size + back, size).permute(0, 1, 2, 4, 3).flatten(0, 1) for x in (keys, values))
-    qb = F.pad(q, (0, 0, 0, 0, 0, extra)).unflatten(1, (blocks, size)).unflatten(3, (H, HQ // H))     # [B, blocks, size, H, r, K]
+    padded = [F.pad(x, (0, 0, 0, 0, 0, extra)) if extra else x for x in (q, keys, values)]            # F.pad by nothing copies, too
+    kb, vb = (x.unfold(1, size + back, size).permute(0, 1, 2, 4, 3).flatten(0, 1) for x in padded[1:])
+    qb = padded[0].unflatten(1, (blocks, size)).unflatten(3, (H, HQ // H))                            # [B, blocks, size, H, r, K]
     qb = qb.permute(0, 1, 3, 4, 2, 5).flatten(3, 4).flatten(0, 1)                                     # [B blocks, H, r size, K]
     allowed = visible.flatten(0, 1)[:, None].repeat(1, 1, HQ // H, 1)
     o = F.scaled_dot_product_attention(qb, kb, vb, attn_mask=allowed, scale=scale)

@@ -1,0 +1,55 @@
+"""The rotary position embedding of most families, in fewer passes over memory than as they write it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@functools.cache
+def is_half_rotation(apply: Callable[..., tuple[Tensor, Tensor]]) -> bool:
+    """Whether a family's function is ``x * cos + [-x2, x1] * sin``, x1 and x2 being the halves of x: found out by calling it."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    q, k, cos, sin = (torch.randn(1, 3, *size, generator=generator, device="cpu", dtype=torch.float64) for size in ((2, 8), (1, 8), (8,), (8,)))
+    with torch.no_grad():
+        try:
+            found = apply(q, k, cos, sin, unsqueeze_dim=2)
+        except (TypeError, RuntimeError, ValueError, IndexError):
+            return False
+        want = [x * cos[:, :, None] + torch.cat([-x[..., 4:], x[..., :4]], -1) * sin[:, :, None] for x in (q, k)]
+        return all(a.shape == b.shape and torch.allclose(a.double(), b, rtol=0, atol=1e-5) for a, b in zip(found, want))
+
+
+def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x ``[B, T, H, D]``; cos, sin ``[B or 1, T, n]``, n <= D: the first n dimensions are turned. Returns x's shape and dtype; cos and sin get no gradient."""
+    return _Rotate.apply(x, cos[:, :, None], sin[:, :, None])
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:    # type: ignore[override]
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin, 1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:       # type: ignore[override]
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, sin.roll(sin.shape[-1] // 2, -1), -1), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    """``[x1 * cos1 - sign * x2 * sin1, x2 * cos2 + sign * x1 * sin2]``, and what is behind. In 16 bits ``x * cos`` is rounded, too, as the families do."""
+    n = cos.shape[-1]
+    x1, x2 = x[..., :n // 2], x[..., n // 2:n]
+    y = torch.empty_like(x)
+    with torch.autocast(x.device.type, enabled=False):
+        torch.mul(x[..., :n], cos, out=y[..., :n])
+        y[..., :n // 2].addcmul_(x2, sin[..., :n // 2], value=-sign)
+        y[..., n // 2:n].addcmul_(x1, sin[..., n // 2:], value=sign)
+    y[..., n:] = x[..., n:]
+    return y
