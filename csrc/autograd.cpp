@@ -32,6 +32,9 @@ using AbcBackwardSignature = Two(const Tensor&, const Tensor&, const OptTensor&,
 using StepSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptTensor&, const OptTensor&, Tensor, Tensor, const OptTensor&, OptDouble,
                              const OptTensor&);
 
+using PrefillSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptTensor&, const OptTensor&, Tensor, Tensor, const OptTensor&, OptDouble,
+                                const Tensor&, const OptTensor&, bool, bool);
+
 template <class Signature>
 auto find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
@@ -186,9 +189,30 @@ Two abc_gates_backward(const Tensor& ds, const Tensor& dg, const OptTensor& dz, 
   return {r[0], r[1]};
 }
 
-// ------------------------------------------------------------------------------------------------------------ step
+// ------------------------------------------------------------------------------------------------------------ prefill, step
 
-// Decoding has no gradient: it writes the states in place.
+void written(const Tensor& hk, const Tensor& hv, const OptTensor& z) {
+  torch::autograd::increment_version(hk);
+  torch::autograd::increment_version(hv);
+  if (z) torch::autograd::increment_version(*z);
+}
+
+// These two have no gradient: they write the states in place.
+Tensor prefill(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const OptTensor& g, Tensor hk, Tensor hv, const OptTensor& z,
+               OptDouble scale, const Tensor& state_indices, const OptTensor& cu, bool exact, bool reverse) {
+  TORCH_CHECK(!any_requires_grad(q, k, v, s, g, hk, hv, z),
+              "state_indices: grad mode is on and an input or state requires grad, but the states of a pool are written in place and have no backward; "
+              "leave state_indices out and give each sequence its initial_state, or call it under torch.no_grad()");
+  Tensor o;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    static auto op = find<PrefillSignature>("gsa::prefill");
+    o = op.call(q, k, v, s, g, hk, hv, z, scale, state_indices, cu, exact, reverse);
+  }
+  written(hk, hv, z);
+  return o;
+}
+
 Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const OptTensor& g, Tensor hk, Tensor hv, const OptTensor& z,
             OptDouble scale, const OptTensor& state_indices) {
   TORCH_CHECK(!any_requires_grad(q, k, v, s, g, hk, hv, z),
@@ -200,9 +224,7 @@ Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& 
     static auto op = find<StepSignature>("gsa::step");
     o = op.call(q, k, v, s, g, hk, hv, z, scale, state_indices);
   }
-  torch::autograd::increment_version(hk);
-  torch::autograd::increment_version(hv);
-  if (z) torch::autograd::increment_version(*z);
+  written(hk, hv, z);
   return o;
 }
 
@@ -214,6 +236,7 @@ TORCH_LIBRARY_IMPL(gsa, Autograd, m) {
   m.impl("abc_gates", abc_gates);
   m.impl("chunk_backward", chunk_backward);
   m.impl("abc_gates_backward", abc_gates_backward);
+  m.impl("prefill", prefill);
   m.impl("step", step);
 }
 

@@ -60,6 +60,33 @@ void check_state(const char* name, const Tensor& x, const Tensor& q, bool allow_
   check_device(name, x, q);
 }
 
+// A pool of states that is updated in place.
+struct PoolNames {
+  const char *all, *hk, *hv, *z;
+};
+void check_pool(const PoolNames& name, const Shape& d, const Tensor& q, const Tensor& hk, const Tensor& hv, const OptTensor& z, bool abc, bool allow_bf16) {
+  const Sym P = hk.sym_size(0);
+  check_shape(name.hk, hk, "[P, H, K, M]", {P, d.H, d.K, d.M});
+  check_shape(name.hv, hv, "[P, H, M, V]", {P, d.H, d.M, d.V});
+  check_state(name.hk, hk, q, allow_bf16);
+  check_state(name.hv, hv, q, allow_bf16);
+  TORCH_CHECK_TYPE(hk.scalar_type() == hv.scalar_type(), name.all, ": Hk is ", hk.scalar_type(), " and Hv ", hv.scalar_type(), ": use one dtype");
+  TORCH_CHECK_VALUE(hk.is_contiguous() && hv.is_contiguous(), name.all,
+                    ": Hk and Hv are updated in place and must be contiguous; call .contiguous() once when the state is made");
+  if (!abc) return;
+  TORCH_CHECK_VALUE(z, name.all, ": ABC (g is None) needs (Hk, Hv, z), z is missing; take it from the final state that was handed over");
+  check_shape(name.z, *z, "[P, H, M]", {P, d.H, d.M});
+  check_state(name.z, *z, q, allow_bf16);
+  TORCH_CHECK_TYPE(z->scalar_type() == hk.scalar_type(), name.all, ": Hk is ", hk.scalar_type(), " and z ", z->scalar_type(), ": use one dtype");
+  TORCH_CHECK_VALUE(z->is_contiguous(), name.all, ": z is updated in place and must be contiguous");
+}
+
+void check_state_indices(const Tensor& i, const Tensor& q, const char* letters, const Sym& N) {
+  TORCH_CHECK_TYPE(i.scalar_type() == at::kInt || i.scalar_type() == at::kLong, "state_indices: expected dtype int32 or int64, given ", i.scalar_type());
+  check_shape("state_indices", i, letters, {N});
+  check_device("state_indices", i, q);
+}
+
 void check_heads(const Sym& HQ, const Sym& H) {
   TORCH_CHECK_VALUE(H > 0 && HQ > 0 && HQ % H == 0, "q has ", HQ, " heads and k has ", H, ": query heads must be a multiple of key/value heads");
 }
@@ -164,28 +191,19 @@ Shape check_step(const Tensor& q, const Tensor& k, const Tensor& v, const OptTen
   check_limits(q, d.K, d.V, d.M);
   check_rank("state Hk", hk, 4, "[P, H, K, M]");
   d.N = hk.sym_size(0);
-  check_shape("state Hk", hk, "[P, H, K, M]", {d.N, d.H, d.K, d.M});
-  check_shape("state Hv", hv, "[P, H, M, V]", {d.N, d.H, d.M, d.V});
-  check_state("state Hk", hk, q, true);
-  check_state("state Hv", hv, q, true);
-  TORCH_CHECK_TYPE(hk.scalar_type() == hv.scalar_type(), "state: Hk is ", hk.scalar_type(), " and Hv ", hv.scalar_type(), ": use one dtype");
-  TORCH_CHECK_VALUE(hk.is_contiguous() && hv.is_contiguous(),
-                    "state: Hk and Hv are updated in place and must be contiguous; call .contiguous() once when the state is made");
-  if (!g) {
-    TORCH_CHECK_VALUE(z, "state: ABC (g is None) needs (Hk, Hv, z), z is missing; take it from the final state that was handed over");
-    check_shape("state z", *z, "[P, H, M]", {d.N, d.H, d.M});
-    check_state("state z", *z, q, true);
-    TORCH_CHECK_TYPE(z->scalar_type() == hk.scalar_type(), "state: Hk is ", hk.scalar_type(), " and z ", z->scalar_type(), ": use one dtype");
-    TORCH_CHECK_VALUE(z->is_contiguous(), "state: z is updated in place and must be contiguous");
-  }
-  if (state_indices) {
-    const Tensor& i = *state_indices;
-    TORCH_CHECK_TYPE(i.scalar_type() == at::kInt || i.scalar_type() == at::kLong, "state_indices: expected dtype int32 or int64, given ", i.scalar_type());
-    check_shape("state_indices", i, "[B]", {d.B});
-    check_device("state_indices", i, q);
-  } else {
-    TORCH_CHECK_VALUE(d.N == d.B, "state: expected P = B = ", d.B, " rows, given ", d.N, "; pass state_indices to use a pool");
-  }
+  check_pool({"state", "state Hk", "state Hv", "state z"}, d, q, hk, hv, z, !g, true);
+  if (state_indices) check_state_indices(*state_indices, q, "[B]", d.B);
+  else TORCH_CHECK_VALUE(d.N == d.B, "state: expected P = B = ", d.B, " rows, given ", d.N, "; pass state_indices to use a pool");
+  return d;
+}
+
+Shape check_prefill(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const OptTensor& g, const Tensor& hk, const Tensor& hv,
+                    const OptTensor& z, const Tensor& state_indices, const OptTensor& cu_seqlens) {
+  TORCH_CHECK_VALUE(s || g, "s and g are both None: give g (coupled write s = 1 - exp(g)), s (ABC: raw slot logits), or both");
+  const Shape d = check_sequence(q, k, v, g ? s : std::nullopt, g ? *g : *s, std::nullopt, std::nullopt, cu_seqlens);
+  check_rank("initial_state Hk", hk, 4, "[P, H, K, M]");
+  check_pool({"initial_state", "initial_state Hk", "initial_state Hv", "initial_state z"}, d, q, hk, hv, z, !g, false);
+  check_state_indices(state_indices, q, "[N]", d.N);
   return d;
 }
 
@@ -206,7 +224,7 @@ void check_indices(const OptTensor& state_indices, int64_t P) {
   for (int64_t i = 0; i < c.numel(); ++i) {
     if (p[i] == -1) continue;
     TORCH_CHECK_VALUE(p[i] >= 0 && p[i] < P, "state_indices: expected -1 or rows 0 .. ", P - 1, " of the pool, given ", p[i], " at position ", i);
-    TORCH_CHECK_VALUE(!seen[p[i]], "state_indices: row ", p[i], " is given twice; a state can advance by one token only");
+    TORCH_CHECK_VALUE(!seen[p[i]], "state_indices: row ", p[i], " is given twice; a state belongs to one sequence");
     seen[p[i]] = true;
   }
 }

@@ -40,6 +40,12 @@ struct Params {
   const void* hv0 = nullptr;          // [N or 1, H, M, V]
   bool h0_broadcast = false;          // the leading dimension of hk0 and hv0 is 1: every sequence starts from the same state
 
+  // A pool: hk0 = hkT and hv0 = hvT have P rows, and sequence n has row state_indices[n]. -1 (and anything out of range): padding, a sequence that
+  // the kernels take for empty and that has no state; zero_padding writes its o. nullptr: row n.
+  const void* state_indices = nullptr;  // [N]
+  bool indices_64 = false;
+  int64_t P = 0;
+
   // Boundary states: the states before each chunk of chunk_length() tokens of each sequence, [slots, H, K + V, M]: rows 0..K-1 are Hk,
   // rows K..K+V-1 are Hv transposed. Type: q's dtype, or fp32 under Math::exact. nullptr: not kept (forward) / to be recomputed (backward).
   void* boundary = nullptr;
@@ -88,6 +94,9 @@ struct AbcParams {
   bool cu_seqlens_64 = false;
   View e;                             // [B, T, H, M]
   const void* z0 = nullptr;           // [N, H, M] fp32 (fp64); nullptr: -inf, and the first write of a slot has g = 0
+  const void* state_indices = nullptr;  // [N], a pool of P rows z0 = zT, as in Params
+  bool indices_64 = false;
+  int64_t P = 0;
   View s, g;                          // forward: written, fp32 (fp64); backward: read
   void* zT = nullptr;                 // [N, H, M] written
   // backward
@@ -118,6 +127,7 @@ constexpr int64_t boundary_slot(bool packed, int64_t begin, int64_t T, int64_t n
   void chunk_forward(const ForwardParams&);     \
   void chunk_backward(const BackwardParams&);   \
   void recurrent_forward(const ForwardParams&); \
+  void zero_padding(const ForwardParams&);      \
   int64_t recurrent_workspace(const Params&);   \
   void step(const StepParams&);                 \
   void abc_gates(const AbcParams&);             \

@@ -116,7 +116,8 @@ template <class T> void recurrent_forward(const ForwardParams& params) {
           else std::memset(static_cast<T*>(to) + to_row * size, 0, size * sizeof(T));
         };
         for (int64_t item; items.next(item);) {
-          const int64_t n = item / H, h = item % H, row0 = p.h0_broadcast ? h : item, KM = int64_t(K) * M, MV = int64_t(M) * V;
+          const int64_t n = item / H, h = item % H, rowT = state_row(p, n) * H + h, row0 = p.h0_broadcast ? h : rowT, KM = int64_t(K) * M, MV = int64_t(M) * V;
+          if (rowT < 0) continue;
           const Sequence seq = sequence(p, n);
           const Rows k = rows(p.k, seq, h, p.reverse), v = rows(p.v, seq, h, p.reverse), g = rows(p.g, seq, h, p.reverse), s = rows(p.s, seq, h, p.reverse);
           copy(Hk, 0, p.hk0, row0, KM);
@@ -131,8 +132,8 @@ template <class T> void recurrent_forward(const ForwardParams& params) {
             token.advance(Hk, Hv);
             for (int i = 0; i < r; ++i) token.write(rows(p.o, seq, h * r + i, p.reverse), t, i);
           }
-          copy(p.hkT, item, Hk, 0, KM);
-          copy(p.hvT, item, Hv, 0, MV);
+          copy(p.hkT, rowT, Hk, 0, KM);
+          copy(p.hvT, rowT, Hv, 0, MV);
         }
       },
       &params);

@@ -53,6 +53,14 @@ __device__ inline int64_t bound(const Params& p, int64_t n) {
   return min(max(x, int64_t(0)), p.T);                    // contents are not trusted: no token outside the tensors is ever addressed
 }
 
+// The row that sequence n has in the states, or -1: padding, which has none.
+template <class P>
+__device__ inline int64_t state_row(const P& p, int64_t n) {
+  if (!p.state_indices) return n;
+  const int64_t row = p.indices_64 ? static_cast<const int64_t*>(p.state_indices)[n] : static_cast<const int32_t*>(p.state_indices)[n];
+  return row >= 0 && row < p.P ? row : -1;
+}
+
 __device__ inline Sequence sequence(const Params& p, int64_t n, int C) {
   Sequence s;
   s.n = n;
@@ -62,6 +70,7 @@ __device__ inline Sequence sequence(const Params& p, int64_t n, int C) {
   } else {
     s.begin = 0, s.end = p.T;
   }
+  if (state_row(p, n) < 0) s.end = s.begin;
   s.chunks = (s.length() + C - 1) / C;
   s.slot = boundary_slot(p.cu_seqlens != nullptr, s.begin, p.T, n, C);
   return s;
