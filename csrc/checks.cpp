@@ -173,7 +173,7 @@ Shape check_abc(const Tensor& e, const OptTensor& z0, const OptTensor& cu_seqlen
 }
 
 Shape check_step(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const OptTensor& g, const Tensor& hk, const Tensor& hv,
-                 const OptTensor& z, const OptTensor& state_indices) {
+                 const OptTensor& z, const OptTensor& state_indices, const OptTensor& mask, double gate_normalizer) {
   TORCH_CHECK_VALUE(s || g, "s and g are both None: give g (coupled write s = 1 - exp(g)), s (ABC: raw slot logits), or both");
   const Tensor& gate = g ? *g : *s;
   check_rank("q", q, 3, "[B, HQ, K]");
@@ -194,6 +194,13 @@ Shape check_step(const Tensor& q, const Tensor& k, const Tensor& v, const OptTen
   check_pool({"state", "state Hk", "state Hv", "state z"}, d, q, hk, hv, z, !g, true);
   if (state_indices) check_state_indices(*state_indices, q, "[B]", d.B);
   else TORCH_CHECK_VALUE(d.N == d.B, "state: expected P = B = ", d.B, " rows, given ", d.N, "; pass state_indices to use a pool");
+  if (mask) {
+    TORCH_CHECK_TYPE(mask->scalar_type() == at::kBool, "mask: expected dtype bool, given ", mask->scalar_type());
+    check_shape("mask", *mask, "[B]", {d.B});
+    check_device("mask", *mask, q);
+  }
+  TORCH_CHECK_VALUE(gate_normalizer == 0 || (gate_normalizer > 0 && g), "gate_normalizer: expected a positive number and g, its logits, or 0, given ",
+                    gate_normalizer, g ? "" : " and no g");
   return d;
 }
 

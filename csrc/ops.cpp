@@ -378,13 +378,13 @@ Two abc_gates_backward_meta(const Tensor&, const Tensor&, const OptTensor&, cons
 // ------------------------------------------------------------------------------------------------------------ step
 
 Tensor step(const Tensor& q_, const Tensor& k_, const Tensor& v_, const OptTensor& s_, const OptTensor& g_, Tensor hk, Tensor hv, const OptTensor& z,
-            OptDouble scale, const OptTensor& state_indices) {
-  check_step(q_, k_, v_, s_, g_, hk, hv, z, state_indices);
+            OptDouble scale, const OptTensor& state_indices, const OptTensor& mask_, double gate_normalizer, bool silu_qk, bool silu_v) {
+  check_step(q_, k_, v_, s_, g_, hk, hv, z, state_indices, mask_, gate_normalizer);
   check_indices(state_indices, hk.size(0));
   const c10::DeviceGuard guard(q_.device());
   const Tensor q = readable(q_), k = readable(k_), v = readable(v_);
   const Tensor s = s_ ? gate_input(*s_, q_) : Tensor(), g = g_ ? gate_input(*g_, q_) : Tensor();
-  const Tensor indices = state_indices ? state_indices->contiguous() : Tensor();
+  const Tensor indices = state_indices ? state_indices->contiguous() : Tensor(), mask = mask_ ? mask_->contiguous() : Tensor();
   StepParams p;
   p.B = q.size(0), p.P = hk.size(0);
   p.HQ = q.size(1), p.H = k.size(1), p.K = q.size(2), p.V = v.size(2), p.M = hk.size(3);
@@ -396,6 +396,8 @@ Tensor step(const Tensor& q_, const Tensor& k_, const Tensor& v_, const OptTenso
   if (!g.defined()) p.z = z->data_ptr();
   p.state_dtype = dtype_of(hk.scalar_type());
   if (indices.defined()) p.state_indices = indices.data_ptr(), p.indices_64 = indices.scalar_type() == at::kLong;
+  if (mask.defined()) p.mask = mask.const_data_ptr<bool>();
+  p.gate_normalizer = gate_normalizer, p.silu_qk = silu_qk, p.silu_v = silu_v;
   Tensor o = at::empty({p.B, p.HQ, p.V}, q_.options());
   p.o = view(o);
   p.stream = stream_of(q);
@@ -404,8 +406,8 @@ Tensor step(const Tensor& q_, const Tensor& k_, const Tensor& v_, const OptTenso
 }
 
 Tensor step_meta(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const OptTensor& g, Tensor hk, Tensor hv, const OptTensor& z, OptDouble,
-                 const OptTensor& state_indices) {
-  const Shape d = check_step(q, k, v, s, g, hk, hv, z, state_indices);
+                 const OptTensor& state_indices, const OptTensor& mask, double gate_normalizer, bool, bool) {
+  const Shape d = check_step(q, k, v, s, g, hk, hv, z, state_indices, mask, gate_normalizer);
   return at::empty_symint({d.B, d.HQ, d.V}, q.options());
 }
 
@@ -444,11 +446,11 @@ struct Autocast {
     return op.call(q, cast(k), cast(v), gate(s, q), gate(g, q), hk, hv, z, scale, state_indices, cu, exact, reverse);
   }
   static Tensor step(const Tensor& q_, const Tensor& k, const Tensor& v, const OptTensor& s, const OptTensor& g, Tensor hk, Tensor hv, const OptTensor& z,
-                     OptDouble scale, const OptTensor& state_indices) {
+                     OptDouble scale, const OptTensor& state_indices, const OptTensor& mask, double gate_normalizer, bool silu_qk, bool silu_v) {
     const Autocast disabled;
     static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("gsa::step", "").typed<decltype(gsa::step)>();
     const Tensor q = cast(q_);
-    return op.call(q, cast(k), cast(v), gate(s, q), gate(g, q), hk, hv, z, scale, state_indices);
+    return op.call(q, cast(k), cast(v), gate(s, q), gate(g, q), hk, hv, z, scale, state_indices, mask, gate_normalizer, silu_qk, silu_v);
   }
 };
 
@@ -496,8 +498,10 @@ TORCH_LIBRARY(gsa, m) {
       "prefill(Tensor q, Tensor k, Tensor v, Tensor? s, Tensor? g, Tensor(a!) hk, Tensor(b!) hv, Tensor(c!)? z, float? scale, Tensor state_indices, "
       "Tensor? cu_seqlens, bool exact, bool reverse) -> Tensor",
       tags);
-  m.def("step(Tensor q, Tensor k, Tensor v, Tensor? s, Tensor? g, Tensor(a!) hk, Tensor(b!) hv, Tensor(c!)? z, float? scale, Tensor? state_indices) -> Tensor",
-        tags);
+  m.def(
+      "step(Tensor q, Tensor k, Tensor v, Tensor? s, Tensor? g, Tensor(a!) hk, Tensor(b!) hv, Tensor(c!)? z, float? scale, Tensor? state_indices, "
+      "Tensor? mask=None, float gate_normalizer=0., bool silu_qk=False, bool silu_v=False) -> Tensor",
+      tags);
 }
 
 TORCH_LIBRARY_IMPL(gsa, CPU, m) { register_kernels(m); }

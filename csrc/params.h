@@ -81,6 +81,10 @@ struct StepParams {
   DType state_dtype = DType::f32;     // f32, bf16; f64 when q is f64
   const void* state_indices = nullptr;  // [B]: the row of the pool; -1 (and anything out of range): o = 0, no state changes. nullptr: row b
   bool indices_64 = false;
+  // What a layer does to its projections before anything else; each result is rounded to q's dtype, as its own kernel would leave it.
+  const bool* mask = nullptr;         // [B]: where false, as state_indices -1
+  double gate_normalizer = 0;         // not 0: g holds logits, and the log gate is logsigmoid(g) / gate_normalizer, in fp32
+  bool silu_qk = false, silu_v = false;  // q and k (v) are silu of what is given
   View o;                             // [B, HQ, V]
   void* stream = nullptr;
 };

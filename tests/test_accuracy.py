@@ -379,6 +379,32 @@ def test_step_depends_on_nothing_else(state, HQ, H, K, V, M, device):
         assert testing.error(gsa_step(**alone, state=single), o[:, i : i + 1]) < 4e-3 and all(torch.equal(a, b[:, h : h + 1]) for a, b in zip(single, want))
 
 
+@pytest.mark.parametrize("silu_qk,silu_v", [(False, False), (False, True), (True, True)])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("M", [16, 13])
+def test_step_of_a_layer(dtype, M, silu_qk, silu_v, device):
+    """silu, log gate and padding inside the step (torch.ops.gsa.step): what the same outside gives. Padding may hold NaN."""
+    if dtype == "fp64" and device.type == "cuda":
+        pytest.skip("fp64 is computed on the CPU only")
+    x = make_inputs(5, 1, 8, 2, 32, 48, M, dtype=TYPES[dtype], device=device, initial_state=True)
+    q, k, v, logits = (x[name][:, 0] for name in "qkvg")
+    logits = logits.sign() * logits.abs() * 40 + 3                          # to both sides of 0, and far
+    wide = torch.float64 if dtype == "fp64" else torch.float32
+    state, other = (tuple(t.clone() for t in x["initial_state"]) for _ in range(2))
+    g = torch.nn.functional.logsigmoid(logits.to(wide)) / 5
+    silu = torch.nn.functional.silu
+    g = g.to(TYPES[dtype]) if dtype == "fp64" else g
+    want = gsa_step(silu(q) if silu_qk else q, silu(k) if silu_qk else k, silu(v) if silu_v else v, None, g, state, 0.7)
+    mask = torch.tensor([True, False, True, True, False], device=device)
+    for t in (q, k, v, logits):
+        t[~mask] = torch.nan
+    got = torch.ops.gsa.step(q, k, v, None, logits, *other, None, 0.7, None, mask, 5.0, silu_qk, silu_v)
+    bound = {"fp64": 1e-14, "fp32": 2e-6}.get(dtype, 2e-3)
+    assert testing.error(got[mask], want[mask]) < bound and got[~mask].eq(0).all()
+    for new, expected, old in zip(other, state, x["initial_state"]):
+        assert testing.error(new[mask], expected[mask]) < bound and torch.equal(new[~mask], old[~mask])
+
+
 def test_step_stays_with_the_parallel_form(device):
     """2 000 tokens one by one, and at once: the same outputs and states."""
     x = make_inputs(1, 2000, 4, 2, 16, 16, 16, gate=8.0, device=device)

@@ -164,6 +164,17 @@ def good_step(device):
     return {**{name: x[name][:, 0].contiguous() for name in "qkvsg"}, "state": x["initial_state"]}
 
 
+def test_bad_step_of_a_layer(device):
+    x = good_step(device)
+    row = x["q"], x["k"], x["v"], None, x["g"], *x["state"], None, None, None
+    for mask, error, message in ((torch.ones(2), TypeError, r"mask.*bool.*(?i:float)"), (torch.ones(3).bool(), ValueError, r"mask.*\[B\].*\[3\]")):
+        with pytest.raises(error, match=message):
+            torch.ops.gsa.step(*row, mask.to(device))
+    for normalizer in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="gate_normalizer.*positive"):
+            torch.ops.gsa.step(*row, None, normalizer)
+
+
 @pytest.mark.parametrize("what", STEP)
 def test_bad_step(what, device):
     change, exception, message = STEP[what]

@@ -119,7 +119,10 @@ def test_opcheck_step(mode, indexed, device):
     q, k, v, s, g = (None if x[name] is None else x[name][:, 0].contiguous() for name in "qkvsg")
     pool = make_inputs(B=3 if indexed else 2, T=1, HQ=4, H=2, K=8, V=12, M=5, mode=mode, device=device, initial_state=True)["initial_state"]
     hk, hv, z = (*pool, None)[:3]
-    opcheck(torch.ops.gsa.step, q, k, v, s, g, hk, hv, z, None, torch.tensor([2, -1], device=device) if indexed else None)
+    where = torch.tensor([2, -1], device=device) if indexed else None
+    opcheck(torch.ops.gsa.step, q, k, v, s, g, hk, hv, z, None, where)
+    if mode == "coupled":
+        opcheck(torch.ops.gsa.step, q, k, v, s, g, hk, hv, z, None, where, torch.tensor([True, False], device=device), 8.0, True, True)
 
 
 # ------------------------------------------------------------------------------------------------------------ compile, export

@@ -158,6 +158,29 @@ template <class T> GSA_INLINE AbcGate<T> abc_gate(Vec<T> z, Vec<T> e, bool hande
   return gate;
 }
 
+// x <- silu(x) rounded to `dtype`, times factor
+template <class T> void silu_row(T* x, int length, DType dtype, T factor) {
+  for (int i = 0; i < length; i += LANES<T>) {
+    const Vec<T> y = load<T>(x + i), one = splat(T(1));
+    store<T>(x + i, y / (one + exp_<T>(-y)));
+  }
+  if (dtype == DType::bf16 || dtype == DType::f16)
+    with_dtype<T>(dtype, [&](auto* type) GSA_LAMBDA {
+      using E = std::remove_pointer_t<decltype(type)>;
+      E row[LANES<T>];
+      for (int i = 0; i < length; i += LANES<T>) store_as<T>(row, load<T>(x + i)), store<T>(x + i, load_as<T>(row));
+    });
+  if (factor != T(1))
+    for (int i = 0; i < length; i += LANES<T>) store<T>(x + i, load<T>(x + i) * factor);
+}
+// x <- logsigmoid(x) / normalizer
+template <class T> void log_gate_row(T* x, int length, T normalizer) {
+  for (int i = 0; i < length; i += LANES<T>) {
+    const Vec<T> y = load<T>(x + i), zero = splat(T(0)), size = y < zero ? y : -y;
+    store<T>(x + i, ((y < zero ? y : zero) - log1p_<T>(exp_<T>(size))) / splat(normalizer));
+  }
+}
+
 template <class T, class S> void step_items(const StepParams& p, Items& items, int64_t per_item) {
   const int H = p.H, r = p.HQ / p.H, K = p.K, V = p.V, M = p.M;
   Arena measure;
@@ -174,18 +197,24 @@ template <class T, class S> void step_items(const StepParams& p, Items& items, i
       int64_t row = b.batch;
       if (p.state_indices)
         row = p.indices_64 ? static_cast<const int64_t*>(p.state_indices)[b.batch] : int64_t(static_cast<const int32_t*>(p.state_indices)[b.batch]);
-      if (row < 0 || row >= p.P) {
+      if (row < 0 || row >= p.P || (p.mask && !p.mask[b.batch])) {
         std::fill_n(token.o, r * token.Vp, T(0));
         for (int i = 0; i < r; ++i) token.write(out(i), 0, i);
         continue;
       }
       S *Hk = static_cast<S*>(p.hk) + (row * H + h) * K * M, *Hv = static_cast<S*>(p.hv) + (row * H + h) * M * V;
-      for (int i = 0; i < r; ++i) token.read(token.q + i * token.Kp, token.Kp, rows(p.q, b, h * r + i, false), 0, K, T(p.scale));
+      for (int i = 0; i < r; ++i) token.read(token.q + i * token.Kp, token.Kp, rows(p.q, b, h * r + i, false), 0, K, p.silu_qk ? T(1) : T(p.scale));
       token.read(token.k, token.Kp, rows(p.k, b, h, false), 0, K);
       token.read(token.v, token.Vp, rows(p.v, b, h, false), 0, V);
+      if (p.silu_qk) {
+        for (int i = 0; i < r; ++i) silu_row(token.q + i * token.Kp, token.Kp, p.q.dtype, T(p.scale));
+        silu_row(token.k, token.Kp, p.k.dtype, T(1));
+      }
+      if (p.silu_v) silu_row(token.v, token.Vp, p.v.dtype, T(1));
       if (p.s.ptr) token.read(token.s, token.Mp, rows(p.s, b, h, false), 0, M);
       if (p.g.ptr) {
         token.read(token.a, token.Mp, rows(p.g, b, h, false), 0, M);
+        if (p.gate_normalizer != 0) log_gate_row(token.a, token.Mp, T(p.gate_normalizer));
         token.gates(!p.s.ptr);
       } else {
         S* z = static_cast<S*>(p.z) + (row * H + h) * M;

@@ -238,6 +238,12 @@ struct Element {
   __device__ float get(const View& x) const {
     return x.dtype == DType::f32 ? __uint_as_float(bits) : x.dtype == DType::bf16 ? __uint_as_float(bits << 16) : to_float(__ushort_as_half(bits));
   }
+  __device__ float get(const View& x, bool silu) const {
+    const float f = get(x);
+    if (!silu) return f;
+    const float y = f / (1.f + expf(-f));
+    return x.dtype == DType::f32 ? y : x.dtype == DType::bf16 ? to_float(from_float<bf16>(y)) : to_float(from_float<half>(y));
+  }
 };
 template <int HEADS>
 struct Queries {                                           // component i of the queries of `count` heads, scaled; 0 for the others
@@ -249,7 +255,7 @@ struct Queries {                                           // component i of the
   __device__ void put(float* to, const StepParams& p) const {
     float f[HEADS];
 #pragma unroll
-    for (int h = 0; h < HEADS; ++h) f[h] = x[h].get(p.q) * static_cast<float>(p.scale);
+    for (int h = 0; h < HEADS; ++h) f[h] = x[h].get(p.q, p.silu_qk) * static_cast<float>(p.scale);
     *reinterpret_cast<Pack<float, HEADS>*>(to) = Pack<float, HEADS>::of(f);
   }
 };
@@ -265,7 +271,7 @@ __global__ __launch_bounds__(THREADS, BLOCKS) void step_kernel(const __grid_cons
   const int k0 = min(rank * k_slice, K), v0 = min(rank * v_slice, V), rows = min(k_slice, K - k0), columns = min(v_slice, V - v0);
   int64_t row = b;
   if (p.state_indices) row = p.indices_64 ? static_cast<const int64_t*>(p.state_indices)[b] : static_cast<const int32_t*>(p.state_indices)[b];
-  if (row < 0 || row >= p.P) {                             // padding: nothing is read
+  if (row < 0 || row >= p.P || (p.mask && !p.mask[b])) {   // padding: nothing is read
     for (int e = threadIdx.x; e < r * columns; e += THREADS)
       store_as(p.o.ptr, b * p.o.batch + (head * r + e / columns) * p.o.head + v0 + e % columns, p.o.dtype, 0.f);
     return;
@@ -295,10 +301,12 @@ __global__ __launch_bounds__(THREADS, BLOCKS) void step_kernel(const __grid_cons
     const Element ge(p.g, b, head, i, i < M), se(p.s, b, head, i, i < M), ke(p.k, b, head, k0 + i, i < rows), ve(p.v, b, head, v0 + i, i < columns);
     const Queries<HEADS> qe(p, b, head * r, r, k0 + i, i < rows);
     const float z = !p.g.ptr && i < M ? to_float(static_cast<const T*>(p.z)[state * M + i]) : 0.f;
-    if (i < rows) k[i] = ke.get(p.k), qe.put(q + i * HEADS, p);
-    if (i < columns) v[i] = ve.get(p.v);
+    if (i < rows) k[i] = ke.get(p.k, p.silu_qk), qe.put(q + i * HEADS, p);
+    if (i < columns) v[i] = ve.get(p.v, p.silu_v);
     if (i >= M) continue;
-    const float g = ge.get(p.g), e = se.get(p.s);
+    const float e = se.get(p.s);
+    float g = ge.get(p.g);
+    if (p.gate_normalizer != 0) g = (fminf(g, 0.f) - log1pf(expf(-fabsf(g)))) / static_cast<float>(p.gate_normalizer);
     float a = 1.f, s = 0.f, next = z;
     if (p.g.ptr) {
       a = expf(g), s = p.s.ptr ? e : -expm1f(g);

@@ -14,7 +14,7 @@ from transformers import initialization as init
 
 from gsa_ext.hf.cache import GSACacheLayer
 from gsa_ext.hf.window import causal_attention, window_attention
-from gsa_ext.layer import RMSNorm, layer_state, log_gate, slot_attention
+from gsa_ext.layer import RMSNorm, layer_state, slot_attention
 
 if TYPE_CHECKING:
     from gsa_ext.hf.families import Family
@@ -140,7 +140,7 @@ class GSAAttention(nn.Module):
         mask, cu_seqlens = tokens or (None, None)
         state = None if past_key_values is None else cast(GSACacheLayer, layer_state(past_key_values, self.layer_idx, GSACacheLayer))
         q, k, v = self._family.project(self, hidden_states)              # [B, T, heads, head_dim]
-        g = log_gate(self._gate_logits(hidden_states, k), self.settings["gate_logit_normalizer"])
+        gate_logits = self._gate_logits(hidden_states, k)
         rotated = self._rotated(q, k, position_embeddings)
 
         beside = None
@@ -152,9 +152,8 @@ class GSAAttention(nn.Module):
                 state.window = kept
         if self.settings["rope"] == "keep":
             q, k = rotated
-        if self.settings["silu"]:
-            q, k, v = F.silu(q), F.silu(k), F.silu(v)
-        o = slot_attention(q, k, v, g, self.scale, mask, state, cu_seqlens)
+        silu, normalizer = self.settings["silu"], self.settings["gate_logit_normalizer"]
+        o = slot_attention(q, k, v, gate_logits, normalizer, self.scale, mask, state, cu_seqlens, silu, silu)
         if beside is not None:
             share = self.settings["mix"] if self.window_mix is None else self.window_mix()
             o = share * beside + (1 - share) * o
