@@ -30,7 +30,7 @@ using AbcSignature = Three(const Tensor&, const OptTensor&, const OptTensor&, bo
 using AbcBackwardSignature = Two(const Tensor&, const Tensor&, const OptTensor&, const Tensor&, const Tensor&, const Tensor&, const OptTensor&,
                                  const OptTensor&, bool);
 using StepSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptTensor&, const OptTensor&, Tensor, Tensor, const OptTensor&, OptDouble,
-                             const OptTensor&, const OptTensor&, double, bool, bool);
+                             const OptTensor&, const OptTensor&, double, const OptTensor&, const OptTensor&, bool, bool);
 
 using PrefillSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptTensor&, const OptTensor&, Tensor, Tensor, const OptTensor&, OptDouble,
                                 const Tensor&, const OptTensor&, bool, bool);
@@ -214,7 +214,8 @@ Tensor prefill(const Tensor& q, const Tensor& k, const Tensor& v, const OptTenso
 }
 
 Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const OptTensor& g, Tensor hk, Tensor hv, const OptTensor& z,
-            OptDouble scale, const OptTensor& state_indices, const OptTensor& mask, double gate_normalizer, bool silu_qk, bool silu_v) {
+            OptDouble scale, const OptTensor& state_indices, const OptTensor& mask, double gate_normalizer, const OptTensor& cos, const OptTensor& sin,
+            bool silu_qk, bool silu_v) {
   TORCH_CHECK(!any_requires_grad(q, k, v, s, g, hk, hv, z),
               "gsa_step: grad mode is on and an input or state requires grad, but the step writes the states in place and has no backward; "
               "use fused_recurrent_gsa, or call it under torch.no_grad()");
@@ -222,7 +223,7 @@ Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& 
   {
     const at::AutoDispatchBelowADInplaceOrView below;
     static auto op = find<StepSignature>("gsa::step");
-    o = op.call(q, k, v, s, g, hk, hv, z, scale, state_indices, mask, gate_normalizer, silu_qk, silu_v);
+    o = op.call(q, k, v, s, g, hk, hv, z, scale, state_indices, mask, gate_normalizer, cos, sin, silu_qk, silu_v);
   }
   written(hk, hv, z);
   return o;

@@ -173,7 +173,8 @@ Shape check_abc(const Tensor& e, const OptTensor& z0, const OptTensor& cu_seqlen
 }
 
 Shape check_step(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const OptTensor& g, const Tensor& hk, const Tensor& hv,
-                 const OptTensor& z, const OptTensor& state_indices, const OptTensor& mask, double gate_normalizer) {
+                 const OptTensor& z, const OptTensor& state_indices, const OptTensor& mask, double gate_normalizer, const OptTensor& cos,
+                 const OptTensor& sin) {
   TORCH_CHECK_VALUE(s || g, "s and g are both None: give g (coupled write s = 1 - exp(g)), s (ABC: raw slot logits), or both");
   const Tensor& gate = g ? *g : *s;
   check_rank("q", q, 3, "[B, HQ, K]");
@@ -201,6 +202,17 @@ Shape check_step(const Tensor& q, const Tensor& k, const Tensor& v, const OptTen
   }
   TORCH_CHECK_VALUE(gate_normalizer == 0 || (gate_normalizer > 0 && g), "gate_normalizer: expected a positive number and g, its logits, or 0, given ",
                     gate_normalizer, g ? "" : " and no g");
+  TORCH_CHECK_VALUE(cos.has_value() == sin.has_value(), "cos, sin: expected both or neither");
+  for (const auto& [name, x] : {std::pair("cos", &cos), std::pair("sin", &sin)}) {
+    if (!*x) continue;
+    const Tensor& t = **x;
+    check_rank(name, t, 2, "[B or 1, rotary]");
+    TORCH_CHECK_VALUE((t.sym_size(0) == d.B || t.sym_size(0) == 1) && t.sym_size(1) % 2 == 0 && t.sym_size(1) <= d.K, name,
+                      ": expected shape [B or 1, rotary] with an even number of at most K = ", d.K, " components, given ", t.sym_sizes());
+    TORCH_CHECK_TYPE(t.scalar_type() == q.scalar_type(), name, ": expected q's dtype ", q.scalar_type(), ", given ", t.scalar_type());
+    check_device(name, t, q);
+  }
+  if (cos) check_shape("sin", *sin, "[B or 1, rotary]", {cos->sym_size(0), cos->sym_size(1)});
   return d;
 }
 

@@ -378,8 +378,9 @@ Two abc_gates_backward_meta(const Tensor&, const Tensor&, const OptTensor&, cons
 // ------------------------------------------------------------------------------------------------------------ step
 
 Tensor step(const Tensor& q_, const Tensor& k_, const Tensor& v_, const OptTensor& s_, const OptTensor& g_, Tensor hk, Tensor hv, const OptTensor& z,
-            OptDouble scale, const OptTensor& state_indices, const OptTensor& mask_, double gate_normalizer, bool silu_qk, bool silu_v) {
-  check_step(q_, k_, v_, s_, g_, hk, hv, z, state_indices, mask_, gate_normalizer);
+            OptDouble scale, const OptTensor& state_indices, const OptTensor& mask_, double gate_normalizer, const OptTensor& cos_, const OptTensor& sin_,
+            bool silu_qk, bool silu_v) {
+  check_step(q_, k_, v_, s_, g_, hk, hv, z, state_indices, mask_, gate_normalizer, cos_, sin_);
   check_indices(state_indices, hk.size(0));
   const c10::DeviceGuard guard(q_.device());
   const Tensor q = readable(q_), k = readable(k_), v = readable(v_);
@@ -397,6 +398,11 @@ Tensor step(const Tensor& q_, const Tensor& k_, const Tensor& v_, const OptTenso
   p.state_dtype = dtype_of(hk.scalar_type());
   if (indices.defined()) p.state_indices = indices.data_ptr(), p.indices_64 = indices.scalar_type() == at::kLong;
   if (mask.defined()) p.mask = mask.const_data_ptr<bool>();
+  const Tensor cos = cos_ ? readable(*cos_) : Tensor(), sin = sin_ ? readable(*sin_) : Tensor();
+  if (cos.defined()) {
+    p.cos = view(cos), p.sin = view(sin), p.rotary = cos.size(1);
+    if (cos.size(0) == 1) p.cos.batch = p.sin.batch = 0;
+  }
   p.gate_normalizer = gate_normalizer, p.silu_qk = silu_qk, p.silu_v = silu_v;
   Tensor o = at::empty({p.B, p.HQ, p.V}, q_.options());
   p.o = view(o);
@@ -406,8 +412,8 @@ Tensor step(const Tensor& q_, const Tensor& k_, const Tensor& v_, const OptTenso
 }
 
 Tensor step_meta(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const OptTensor& g, Tensor hk, Tensor hv, const OptTensor& z, OptDouble,
-                 const OptTensor& state_indices, const OptTensor& mask, double gate_normalizer, bool, bool) {
-  const Shape d = check_step(q, k, v, s, g, hk, hv, z, state_indices, mask, gate_normalizer);
+                 const OptTensor& state_indices, const OptTensor& mask, double gate_normalizer, const OptTensor& cos, const OptTensor& sin, bool, bool) {
+  const Shape d = check_step(q, k, v, s, g, hk, hv, z, state_indices, mask, gate_normalizer, cos, sin);
   return at::empty_symint({d.B, d.HQ, d.V}, q.options());
 }
 
@@ -445,12 +451,15 @@ struct Autocast {
     const Tensor q = cast(q_);
     return op.call(q, cast(k), cast(v), gate(s, q), gate(g, q), hk, hv, z, scale, state_indices, cu, exact, reverse);
   }
+  static OptTensor turned(const OptTensor& x) { return x ? OptTensor(cast(*x)) : x; }
   static Tensor step(const Tensor& q_, const Tensor& k, const Tensor& v, const OptTensor& s, const OptTensor& g, Tensor hk, Tensor hv, const OptTensor& z,
-                     OptDouble scale, const OptTensor& state_indices, const OptTensor& mask, double gate_normalizer, bool silu_qk, bool silu_v) {
+                     OptDouble scale, const OptTensor& state_indices, const OptTensor& mask, double gate_normalizer, const OptTensor& cos_,
+                     const OptTensor& sin_, bool silu_qk, bool silu_v) {
     const Autocast disabled;
     static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("gsa::step", "").typed<decltype(gsa::step)>();
     const Tensor q = cast(q_);
-    return op.call(q, cast(k), cast(v), gate(s, q), gate(g, q), hk, hv, z, scale, state_indices, mask, gate_normalizer, silu_qk, silu_v);
+    return op.call(q, cast(k), cast(v), gate(s, q), gate(g, q), hk, hv, z, scale, state_indices, mask, gate_normalizer, turned(cos_), turned(sin_), silu_qk,
+                   silu_v);
   }
 };
 
@@ -500,7 +509,7 @@ TORCH_LIBRARY(gsa, m) {
       tags);
   m.def(
       "step(Tensor q, Tensor k, Tensor v, Tensor? s, Tensor? g, Tensor(a!) hk, Tensor(b!) hv, Tensor(c!)? z, float? scale, Tensor? state_indices, "
-      "Tensor? mask=None, float gate_normalizer=0., bool silu_qk=False, bool silu_v=False) -> Tensor",
+      "Tensor? mask=None, float gate_normalizer=0., Tensor? cos=None, Tensor? sin=None, bool silu_qk=False, bool silu_v=False) -> Tensor",
       tags);
 }
 

@@ -84,7 +84,9 @@ struct StepParams {
   // What a layer does to its projections before anything else; each result is rounded to q's dtype, as its own kernel would leave it.
   const bool* mask = nullptr;         // [B]: where false, as state_indices -1
   double gate_normalizer = 0;         // not 0: g holds logits, and the log gate is logsigmoid(g) / gate_normalizer, in fp32
-  bool silu_qk = false, silu_v = false;  // q and k (v) are silu of what is given
+  View cos, sin;                      // [B or 1, rotary], strides batch alone: the first `rotary` components of q and k are rotated, halves together
+  int32_t rotary = 0;
+  bool silu_qk = false, silu_v = false;  // then, q and k (v) are silu of what is given
   View o;                             // [B, HQ, V]
   void* stream = nullptr;
 };

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -155,6 +156,17 @@ def token_mask(attention_mask: Tensor, batch: int, tokens: int, seen: int = 0) -
     return attention_mask[:, attention_mask.shape[1] - tokens:].bool()
 
 
+class Rotary(NamedTuple):
+    """A rotation of q and k, not yet applied: their first n components by ``x cos + (-x2, x1) sin``, where x1 and x2 are the halves of x."""
+
+    cos: Tensor                             # [B or 1, T, n]
+    sin: Tensor
+    apply: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]      # q, k -> q, k: the same, wherever it is not done inside a kernel
+
+    def in_kernel(self, q: Tensor) -> bool:
+        return self.cos.ndim == 3 and self.cos.dtype == q.dtype and self.cos.shape[-1] % 2 == 0
+
+
 def slot_attention(
     q: Tensor,
     k: Tensor,
@@ -167,6 +179,7 @@ def slot_attention(
     cu_seqlens: Tensor | None = None,
     silu_qk: bool = False,
     silu_v: bool = False,
+    rotary: Rotary | None = None,
 ) -> Tensor:
     """Gated Slot Attention with a coupled write, padding, and a state that is carried on: what every GSA layer does between its projections.
     A single token with a state is one kernel.
@@ -178,6 +191,7 @@ def slot_attention(
         state: read and replaced by the state after the last token. It carries no gradient.
         cu_seqlens: ``[N + 1]``, packed sequences (B = 1). With a state, which must be fresh, the last sequence's is kept.
         silu_qk, silu_v: silu on q and k, on v.
+        rotary: what is done to q and k before that.
 
     Returns:
         ``[B, T, HQ, V]`` in q's dtype. At padding its values are finite and mean nothing.
@@ -190,11 +204,18 @@ def slot_attention(
             (B, _, H, K), V, M = k.shape, v.shape[-1], gate_logits.shape[-1]
             dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
             state.slots = (q.new_zeros(B, H, K, M, dtype=dtype), q.new_zeros(B, H, M, V, dtype=dtype))
-        token = None if mask is None else mask[:, 0]
-        o = torch.ops.gsa.step(q[:, 0], k[:, 0], v[:, 0], None, gate_logits[:, 0], *state.slots, None, scale, None, token, gate_normalizer, silu_qk, silu_v)
+        token, cos, sin = None if mask is None else mask[:, 0], None, None
+        if rotary is not None and rotary.in_kernel(q):
+            cos, sin = rotary.cos[:, 0], rotary.sin[:, 0]
+        elif rotary is not None:
+            q, k = rotary.apply(q, k)
+        o = torch.ops.gsa.step(
+            q[:, 0], k[:, 0], v[:, 0], None, gate_logits[:, 0], *state.slots, None, scale, None, token, gate_normalizer, cos, sin, silu_qk, silu_v)
         state.seen += 1
         return o[:, None]
 
+    if rotary is not None:
+        q, k = rotary.apply(q, k)
     g = log_gate(gate_logits, gate_normalizer)
     if mask is not None:
         g = g.masked_fill(~mask[:, :, None, None], 0.0)              # and so s = 1 - exp(0) = 0

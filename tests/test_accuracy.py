@@ -381,9 +381,9 @@ def test_step_depends_on_nothing_else(state, HQ, H, K, V, M, device):
 
 @pytest.mark.parametrize("silu_qk,silu_v", [(False, False), (False, True), (True, True)])
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("M", [16, 13])
-def test_step_of_a_layer(dtype, M, silu_qk, silu_v, device):
-    """silu, log gate and padding inside the step (torch.ops.gsa.step): what the same outside gives. Padding may hold NaN."""
+@pytest.mark.parametrize("M,rotary", [(16, 0), (13, 32), (16, 12)])
+def test_step_of_a_layer(dtype, M, rotary, silu_qk, silu_v, device):
+    """Rotation, silu, log gate and padding inside the step (torch.ops.gsa.step): what the same outside gives. Padding may hold NaN."""
     if dtype == "fp64" and device.type == "cuda":
         pytest.skip("fp64 is computed on the CPU only")
     x = make_inputs(5, 1, 8, 2, 32, 48, M, dtype=TYPES[dtype], device=device, initial_state=True)
@@ -394,11 +394,22 @@ def test_step_of_a_layer(dtype, M, silu_qk, silu_v, device):
     g = torch.nn.functional.logsigmoid(logits.to(wide)) / 5
     silu = torch.nn.functional.silu
     g = g.to(TYPES[dtype]) if dtype == "fp64" else g
-    want = gsa_step(silu(q) if silu_qk else q, silu(k) if silu_qk else k, silu(v) if silu_v else v, None, g, state, 0.7)
+
+    angle = torch.arange(5, device=device)[:, None] * 0.3 + torch.arange(rotary, device=device)
+    cos, sin = (f(angle[:1] if rotary == 12 else angle).to(TYPES[dtype]) for f in (torch.cos, torch.sin))
+
+    def prepared(x):
+        a, b = x[..., :rotary].chunk(2, -1)
+        turned = x[..., :rotary] * cos[:, None] + torch.cat([-b, a], -1) * sin[:, None]
+        x = torch.cat([turned, x[..., rotary:]], -1)
+        return silu(x) if silu_qk else x
+
+    want = gsa_step(prepared(q), prepared(k), silu(v) if silu_v else v, None, g, state, 0.7)
     mask = torch.tensor([True, False, True, True, False], device=device)
     for t in (q, k, v, logits):
         t[~mask] = torch.nan
-    got = torch.ops.gsa.step(q, k, v, None, logits, *other, None, 0.7, None, mask, 5.0, silu_qk, silu_v)
+    turn = {"cos": cos, "sin": sin} if rotary else {}
+    got = torch.ops.gsa.step(q, k, v, None, logits, *other, None, 0.7, None, mask, 5.0, **turn, silu_qk=silu_qk, silu_v=silu_v)
     bound = {"fp64": 1e-14, "fp32": 2e-6}.get(dtype, 2e-3)
     assert testing.error(got[mask], want[mask]) < bound and got[~mask].eq(0).all()
     for new, expected, old in zip(other, state, x["initial_state"]):

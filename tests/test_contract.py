@@ -173,6 +173,13 @@ def test_bad_step_of_a_layer(device):
     for normalizer in (-1.0, float("nan")):
         with pytest.raises(ValueError, match="gate_normalizer.*positive"):
             torch.ops.gsa.step(*row, None, normalizer)
+    six = x["q"][:, 0, :6]
+    for cos, sin, error, message in (
+        (six, None, ValueError, "cos, sin.*both"), (six[0], six, ValueError, r"cos.*\[B or 1, rotary\].*\[6\]"), (six, six[:, :5], ValueError, "sin.*even"),
+        (six, six[:, :4], ValueError, r"sin.*\[2, 4\]"), (six, six.double(), TypeError, "sin.*q's dtype"), (x["v"][:, 0], six, ValueError, "cos.*K = 8"),
+    ):
+        with pytest.raises(error, match=message):
+            torch.ops.gsa.step(*row, cos=cos, sin=sin)
 
 
 @pytest.mark.parametrize("what", STEP)

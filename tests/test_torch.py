@@ -122,7 +122,8 @@ def test_opcheck_step(mode, indexed, device):
     where = torch.tensor([2, -1], device=device) if indexed else None
     opcheck(torch.ops.gsa.step, q, k, v, s, g, hk, hv, z, None, where)
     if mode == "coupled":
-        opcheck(torch.ops.gsa.step, q, k, v, s, g, hk, hv, z, None, where, torch.tensor([True, False], device=device), 8.0, True, True)
+        opcheck(torch.ops.gsa.step, q, k, v, s, g, hk, hv, z, None, where, torch.tensor([True, False], device=device), 8.0,
+                x["q"][:, 0, 0, :6], x["q"][:, 0, 1, :6], True, True)
 
 
 # ------------------------------------------------------------------------------------------------------------ compile, export

@@ -158,20 +158,31 @@ template <class T> GSA_INLINE AbcGate<T> abc_gate(Vec<T> z, Vec<T> e, bool hande
   return gate;
 }
 
-// x <- silu(x) rounded to `dtype`, times factor
-template <class T> void silu_row(T* x, int length, DType dtype, T factor) {
+template <class T> GSA_INLINE Vec<T> rounded(Vec<T> x, DType dtype) {
+  with_dtype<T>(dtype, [&](auto* type) GSA_LAMBDA {
+    std::remove_pointer_t<decltype(type)> row[LANES<T>];
+    store_as<T>(row, x);
+    x = load_as<T>(row);
+  });
+  return x;
+}
+// x <- silu(x)
+template <class T> void silu_row(T* x, int length, DType dtype) {
   for (int i = 0; i < length; i += LANES<T>) {
     const Vec<T> y = load<T>(x + i), one = splat(T(1));
-    store<T>(x + i, y / (one + exp_<T>(-y)));
+    store<T>(x + i, rounded<T>(y / (one + exp_<T>(-y)), dtype));
   }
-  if (dtype == DType::bf16 || dtype == DType::f16)
-    with_dtype<T>(dtype, [&](auto* type) GSA_LAMBDA {
-      using E = std::remove_pointer_t<decltype(type)>;
-      E row[LANES<T>];
-      for (int i = 0; i < length; i += LANES<T>) store_as<T>(row, load<T>(x + i)), store<T>(x + i, load_as<T>(row));
-    });
-  if (factor != T(1))
-    for (int i = 0; i < length; i += LANES<T>) store<T>(x + i, load<T>(x + i) * factor);
+}
+// x <- x cos + (its halves swapped, the first negated) sin; `spare` is as long as x
+template <class T> void rotate_row(T* x, int length, int rotary, const T* cos, const T* sin, T* spare, DType dtype) {
+  for (int i = 0; i < length; ++i) {
+    const int half = rotary / 2;
+    spare[i] = i >= rotary ? T(0) : i < half ? -x[i + half] : x[i - half];
+  }
+  for (int i = 0; i < length; i += LANES<T>) {
+    const Vec<T> a = rounded<T>(load<T>(x + i) * load<T>(cos + i), dtype), b = rounded<T>(load<T>(spare + i) * load<T>(sin + i), dtype);
+    store<T>(x + i, rounded<T>(a + b, dtype));
+  }
 }
 // x <- logsigmoid(x) / normalizer
 template <class T> void log_gate_row(T* x, int length, T normalizer) {
@@ -183,11 +194,17 @@ template <class T> void log_gate_row(T* x, int length, T normalizer) {
 
 template <class T, class S> void step_items(const StepParams& p, Items& items, int64_t per_item) {
   const int H = p.H, r = p.HQ / p.H, K = p.K, V = p.V, M = p.M;
+  T *cos, *sin, *spare;
+  const auto plan = [&](Arena& m) GSA_LAMBDA {
+    m.take(cos, padded(K)), m.take(sin, padded(K)), m.take(spare, padded(K));
+    return Token<T>(m, r, K, V, M);
+  };
   Arena measure;
-  Token<T>(measure, r, K, V, M);
+  plan(measure);
   const Scratch scratch(measure.used());
   Arena arena(scratch.memory);
-  Token<T> token(arena, r, K, V, M);
+  Token<T> token = plan(arena);
+  const bool late = p.rotary || p.silu_qk;         // the scale comes after these
   const int64_t total = p.B * H;
   for (int64_t item; items.next(item);)
     for (int64_t work = item * per_item; work < std::min(total, (item + 1) * per_item); ++work) {
@@ -203,14 +220,19 @@ template <class T, class S> void step_items(const StepParams& p, Items& items, i
         continue;
       }
       S *Hk = static_cast<S*>(p.hk) + (row * H + h) * K * M, *Hv = static_cast<S*>(p.hv) + (row * H + h) * M * V;
-      for (int i = 0; i < r; ++i) token.read(token.q + i * token.Kp, token.Kp, rows(p.q, b, h * r + i, false), 0, K, p.silu_qk ? T(1) : T(p.scale));
+      for (int i = 0; i < r; ++i) token.read(token.q + i * token.Kp, token.Kp, rows(p.q, b, h * r + i, false), 0, K, late ? T(1) : T(p.scale));
       token.read(token.k, token.Kp, rows(p.k, b, h, false), 0, K);
       token.read(token.v, token.Vp, rows(p.v, b, h, false), 0, V);
-      if (p.silu_qk) {
-        for (int i = 0; i < r; ++i) silu_row(token.q + i * token.Kp, token.Kp, p.q.dtype, T(p.scale));
-        silu_row(token.k, token.Kp, p.k.dtype, T(1));
+      if (p.rotary) {
+        token.read(cos, token.Kp, rows(p.cos, b, 0, false), 0, p.rotary);
+        token.read(sin, token.Kp, rows(p.sin, b, 0, false), 0, p.rotary);
+        std::fill(cos + p.rotary, cos + token.Kp, T(1));
+        for (int i = 0; i < r; ++i) rotate_row(token.q + i * token.Kp, token.Kp, p.rotary, cos, sin, spare, p.q.dtype);
+        rotate_row(token.k, token.Kp, p.rotary, cos, sin, spare, p.k.dtype);
       }
-      if (p.silu_v) silu_row(token.v, token.Vp, p.v.dtype, T(1));
+      if (p.silu_qk) silu_row(token.q, r * token.Kp, p.q.dtype), silu_row(token.k, token.Kp, p.k.dtype);
+      if (p.silu_v) silu_row(token.v, token.Vp, p.v.dtype);
+      for (int i = 0; i < r * token.Kp && late; i += LANES<T>) store<T>(token.q + i, load<T>(token.q + i) * T(p.scale));
       if (p.s.ptr) token.read(token.s, token.Mp, rows(p.s, b, h, false), 0, M);
       if (p.g.ptr) {
         token.read(token.a, token.Mp, rows(p.g, b, h, false), 0, M);

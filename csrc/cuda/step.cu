@@ -238,24 +238,39 @@ struct Element {
   __device__ float get(const View& x) const {
     return x.dtype == DType::f32 ? __uint_as_float(bits) : x.dtype == DType::bf16 ? __uint_as_float(bits << 16) : to_float(__ushort_as_half(bits));
   }
-  __device__ float get(const View& x, bool silu) const {
-    const float f = get(x);
-    if (!silu) return f;
-    const float y = f / (1.f + expf(-f));
-    return x.dtype == DType::f32 ? y : x.dtype == DType::bf16 ? to_float(from_float<bf16>(y)) : to_float(from_float<half>(y));
+};
+__device__ float rounded(float x, DType t) { return t == DType::f32 ? x : t == DType::bf16 ? to_float(from_float<bf16>(x)) : to_float(from_float<half>(x)); }
+__device__ float silu(float x, DType t) { return rounded(x / (1.f + expf(-x)), t); }
+
+struct Rotation {                                          // of component i of q and k, with component `other`
+  bool on, low;
+  int other;
+  Element cos, sin;
+  __device__ Rotation(const StepParams& p, int64_t b, int i, bool valid)
+      : on(valid && i < p.rotary), low(i < p.rotary / 2), other(low ? i + p.rotary / 2 : i - p.rotary / 2), cos(p.cos, b, 0, i, on), sin(p.sin, b, 0, i, on) {}
+  __device__ float get(const StepParams& p, const View& view, const Element& x, const Element& y) const {
+    float f = x.get(view);
+    const DType t = view.dtype;
+    if (on) {
+      const float g = low ? -y.get(view) : y.get(view);
+      f = rounded(__fadd_rn(rounded(__fmul_rn(f, cos.get(p.cos)), t), rounded(__fmul_rn(g, sin.get(p.sin)), t)), t);
+    }
+    return p.silu_qk ? silu(f, t) : f;
   }
 };
 template <int HEADS>
 struct Queries {                                           // component i of the queries of `count` heads, scaled; 0 for the others
-  Element x[HEADS];
-  __device__ Queries(const StepParams& p, int64_t b, int64_t first, int count, int i, bool valid) {
+  Rotation turn;
+  Element x[HEADS], y[HEADS];
+  __device__ Queries(const StepParams& p, int64_t b, int64_t first, int count, int i, bool valid) : turn(p, b, i, valid) {
 #pragma unroll
-    for (int h = 0; h < HEADS; ++h) x[h] = Element(p.q, b, first + h, i, valid && h < count);
+    for (int h = 0; h < HEADS; ++h)
+      x[h] = Element(p.q, b, first + h, i, valid && h < count), y[h] = Element(p.q, b, first + h, turn.other, turn.on && h < count);
   }
   __device__ void put(float* to, const StepParams& p) const {
     float f[HEADS];
 #pragma unroll
-    for (int h = 0; h < HEADS; ++h) f[h] = x[h].get(p.q, p.silu_qk) * static_cast<float>(p.scale);
+    for (int h = 0; h < HEADS; ++h) f[h] = turn.get(p, p.q, x[h], y[h]) * static_cast<float>(p.scale);
     *reinterpret_cast<Pack<float, HEADS>*>(to) = Pack<float, HEADS>::of(f);
   }
 };
@@ -300,9 +315,10 @@ __global__ __launch_bounds__(THREADS, BLOCKS) void step_kernel(const __grid_cons
   for (int i = threadIdx.x; i < longest; i += THREADS) {
     const Element ge(p.g, b, head, i, i < M), se(p.s, b, head, i, i < M), ke(p.k, b, head, k0 + i, i < rows), ve(p.v, b, head, v0 + i, i < columns);
     const Queries<HEADS> qe(p, b, head * r, r, k0 + i, i < rows);
+    const Element ko(p.k, b, head, qe.turn.other, qe.turn.on);
     const float z = !p.g.ptr && i < M ? to_float(static_cast<const T*>(p.z)[state * M + i]) : 0.f;
-    if (i < rows) k[i] = ke.get(p.k, p.silu_qk), qe.put(q + i * HEADS, p);
-    if (i < columns) v[i] = ve.get(p.v, p.silu_v);
+    if (i < rows) k[i] = qe.turn.get(p, p.k, ke, ko), qe.put(q + i * HEADS, p);
+    if (i < columns) v[i] = p.silu_v ? silu(ve.get(p.v), p.v.dtype) : ve.get(p.v);
     if (i >= M) continue;
     const float e = se.get(p.s);
     float g = ge.get(p.g);

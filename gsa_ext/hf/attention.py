@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from transformers import initialization as init
 
 from gsa_ext.hf.cache import GSACacheLayer
 from gsa_ext.hf.window import causal_attention, window_attention
-from gsa_ext.layer import RMSNorm, layer_state, slot_attention
+from gsa_ext.layer import RMSNorm, Rotary, layer_state, slot_attention
 
 if TYPE_CHECKING:
     from gsa_ext.hf.families import Family
@@ -96,6 +97,7 @@ class GSAAttention(nn.Module):
         self.rotates = family.rotates(attention)
         self._family = family
         self.apply_rotary = getattr(sys.modules[type(attention).__module__], family.rotary)
+        self.halves = _rotates_halves(self.apply_rotary)
         for name in (*family.modules, *family.norms):
             if hasattr(attention, name):
                 setattr(self, name, getattr(attention, name))
@@ -141,19 +143,23 @@ class GSAAttention(nn.Module):
         state = None if past_key_values is None else cast(GSACacheLayer, layer_state(past_key_values, self.layer_idx, GSACacheLayer))
         q, k, v = self._family.project(self, hidden_states)              # [B, T, heads, head_dim]
         gate_logits = self._gate_logits(hidden_states, k)
-        rotated = self._rotated(q, k, position_embeddings)
+        rotary = None
 
         beside = None
         if self.window is not None:
+            rotated = self._rotated(q, k, position_embeddings)
             past = None if state is None else state.window
             beside, kept = window_attention(
                 *rotated, v, self.window, self.softmax_scale, mask, past, cu_seqlens, keep=state is not None)      # type: ignore[misc]
             if state is not None:
                 state.window = kept
         if self.settings["rope"] == "keep":
-            q, k = rotated
+            if beside is None and self.rotates and self.halves and position_embeddings is not None:
+                rotary = Rotary(position_embeddings[0], position_embeddings[1], lambda q, k: self._rotated(q, k, position_embeddings))
+            else:
+                q, k = self._rotated(q, k, position_embeddings) if beside is None else rotated
         silu, normalizer = self.settings["silu"], self.settings["gate_logit_normalizer"]
-        o = slot_attention(q, k, v, gate_logits, normalizer, self.scale, mask, state, cu_seqlens, silu, silu)
+        o = slot_attention(q, k, v, gate_logits, normalizer, self.scale, mask, state, cu_seqlens, silu, silu, rotary)
         if beside is not None:
             share = self.settings["mix"] if self.window_mix is None else self.window_mix()
             o = share * beside + (1 - share) * o
@@ -190,6 +196,15 @@ class GSAAttention(nn.Module):
     def extra_repr(self) -> str:
         beside = "" if self.window is None else f", window={self.window}"
         return f"heads={self.num_heads}/{self.num_kv_heads}, head_dim={self.head_dim}, num_slots={self.num_slots}{beside}"
+
+
+@functools.cache
+def _rotates_halves(apply_rotary: Callable[..., Any]) -> bool:
+    """Whether a family's function for rotary embeddings is that of :class:`~gsa_ext.layer.Rotary`, to the bit."""
+    q, k, cos, sin = (torch.linspace(-2 - i, 3, 8, dtype=torch.bfloat16, device="cpu").view(1, 1, 1, 8) for i in range(4))
+    got = apply_rotary(q, k, cos[0], sin[0], unsqueeze_dim=2)
+    want = tuple(x * cos + torch.cat([-x[..., 4:], x[..., :4]], -1) * sin for x in (q, k))
+    return all(map(torch.equal, got, want))
 
 
 def _place(weight: Any, layer: nn.Module, config: Any) -> dict[str, Any]:
