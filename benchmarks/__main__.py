@@ -9,13 +9,15 @@ Decoding has a benchmark of its own: python -m benchmarks.step.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,6 +114,21 @@ class Contestant(NamedTuple):
     name: str
     forward: Callable[..., torch.Tensor]  # of the leaves
     leaves: list[list[torch.Tensor]]  # one list for each set of inputs
+    kernels: str = ""  # GSA_KERNELS: which of ours
+
+
+@contextlib.contextmanager
+def kernels(name: str) -> Iterator[None]:
+    """Calls in here run ours as GSA_KERNELS=name would."""
+    before = os.environ.get("GSA_KERNELS")
+    os.environ["GSA_KERNELS"] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["GSA_KERNELS"]
+        else:
+            os.environ["GSA_KERNELS"] = before
 
 
 def contestants(shape: Shape, device: torch.device, sets: int, peers: bool) -> tuple[list[Contestant], list[str]]:
@@ -132,7 +149,10 @@ def contestants(shape: Shape, device: torch.device, sets: int, peers: bool) -> t
     if device.type == "cuda":
         for x in inputs:
             x["s"] = -torch.expm1(x["g"].float()).to(x["g"])
-        found.append(Contestant("ours, s given", lambda q, k, v, s, g: chunk_gsa(q, k, v, s, g)[0], leaves("qkvsg")))   # as the peer needs it
+        given = leaves("qkvsg")  # s too: as the peer needs it
+        found.append(Contestant("ours, s given", lambda q, k, v, s, g: chunk_gsa(q, k, v, s, g)[0], given))
+        found.append(Contestant("states kept, s given", lambda q, k, v, s, g: chunk_gsa(q, k, v, s, g, checkpoint_level=1)[0], given))
+        found.append(Contestant("portable, s given", lambda q, k, v, s, g: chunk_gsa(q, k, v, s, g)[0], given, "portable"))
         if fla() is not None:
             # it wants k, v, s and g repeated to the query heads; that is done beforehand and not timed
             found.append(Contestant("fla", lambda q, k, v, s, g: fla().chunk_gsa(q, k, v, s, g, scale=shape.D**-0.5)[0], leaves("qkvsg", wide=True)))
@@ -226,11 +246,10 @@ def sequence(shape: Shape, device: torch.device, peers: bool, peer_errors: bool)
 
             def call(turn: int, c: Contestant = c, cotangents: list[torch.Tensor] = cotangents, train: bool = what != "forward") -> None:
                 leaves = c.leaves[turn % len(c.leaves)]
-                if not train:
-                    with torch.no_grad():
-                        c.forward(*leaves)
-                else:
-                    torch.autograd.grad(c.forward(*leaves), leaves, cotangents)
+                with kernels(c.kernels), torch.set_grad_enabled(train):
+                    o = c.forward(*leaves)
+                    if train:
+                        torch.autograd.grad(o, leaves, cotangents)
 
             calls[c.name] = call
             if cuda:
@@ -256,16 +275,21 @@ def sequence(shape: Shape, device: torch.device, peers: bool, peer_errors: bool)
 
 
 def accuracy(shape: Shape, device: torch.device, names: list[str]) -> tuple[dict[str, dict[str, float]], bool]:
-    """Errors against fp64 over 512 tokens, outputs and gradients: ours on one key/value head, to be within tolerance; the peer's are reported."""
+    """Errors against fp64 over 512 tokens, outputs and gradients: ours (the kernels for Hopper where there are any, and the portable ones) on one
+    key/value head, to be within tolerance; the peer's are reported."""
     x = testing.make_inputs(1, min(shape.T, 512), shape.HQ // shape.H, 1, shape.D, shape.D, shape.M, dtype=getattr(torch, shape.dtype), device=device)
-    rows = testing.compare(chunk_gsa, x)
-    errors = {"ours": {row.name: row.error for row in rows}}
+    errors, correct = {}, True
+    for name in ("hopper", "portable") if device.type == "cuda" else ("",):  # which runs by itself depends on the number of heads
+        with kernels(name):
+            rows = testing.compare(chunk_gsa, x)
+        errors["ours" if name != "portable" else name] = {row.name: row.error for row in rows}
+        correct &= all(row.ok for row in rows)
     if "fla" in names and shape.HQ == shape.H:  # with the heads that it is timed with: its kernels are tuned for each number of heads
         x = testing.make_inputs(1, min(shape.T, 512), shape.HQ, None, shape.D, shape.D, shape.M, dtype=getattr(torch, shape.dtype), device=device)
         x["s"], x["scale"] = -torch.expm1(x["g"].float()).to(x["g"]), shape.D**-0.5
         truth, got = testing.results(testing.vectorised_gsa, x, double=True), testing.results(fla().chunk_gsa, x)
         errors["fla"] = {name: testing.error(got[name], truth[name]) for name in ("o", "dq", "dk", "dv", "ds", "dg")}
-    return errors, all(row.ok for row in rows)
+    return errors, correct
 
 
 # ---------------------------------------------------------------------------------------------------------------------- telling

@@ -68,6 +68,8 @@ def main() -> int:
         work += [(generate, (how, B, context)) for B, context, how in itertools.product(args.batches, args.contexts, hows)]
     if "train" in args.parts:
         work += [(train, (max(args.lengths), T)) for T in args.lengths]
+    args.out.mkdir(parents=True, exist_ok=True)
+    stem = args.out / f"model-{device.type}-{time.strftime('%Y%m%d-%H%M%S')}"
     for measure, what in work:
         for name in MODELS:
             if time.monotonic() > end:
@@ -80,12 +82,10 @@ def main() -> int:
                 row.update(zip(("how", "batch", "context"), what), failed=f"does not fit: {str(error).partition('.')[0]}")
             print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
             rows.append(row)
+            stem.with_suffix(".json").write_text(json.dumps({"about": about, "size": SIZES[args.size], "rows": rows}, indent=1) + "\n")
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    args.out.mkdir(parents=True, exist_ok=True)
-    stem = args.out / f"model-{device.type}-{time.strftime('%Y%m%d-%H%M%S')}"
-    stem.with_suffix(".json").write_text(json.dumps({"about": about, "size": SIZES[args.size], "rows": rows}, indent=1) + "\n")
     plot(rows, about, stem.with_suffix(".png"))
     print(f"\nwritten: {stem}.json, {stem}.png")
     return 0
@@ -232,7 +232,7 @@ def train(model: Any, tokens: int, T: int) -> dict[str, Any]:
 
     try:
         step()
-        seconds = min(step() for _ in range(2))
+        seconds = step()
     finally:
         model.zero_grad(set_to_none=True)
         model.gradient_checkpointing_disable()

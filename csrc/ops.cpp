@@ -38,6 +38,14 @@ at::ScalarType state_dtype(const Tensor& q) { return q.scalar_type() == at::kDou
 // Kernels read any strides but need the last dimension contiguous; only where it is not is the tensor copied.
 Tensor readable(const Tensor& x) { return x.size(-1) <= 1 || x.stride(-1) == 1 ? x : x.contiguous(); }
 
+// The same, at addresses that 16-byte loads reach. Cotangents come from anywhere.
+Tensor readable_in_pieces(const Tensor& x) {
+  const Tensor y = readable(x);
+  int64_t all = reinterpret_cast<int64_t>(y.data_ptr());
+  for (int64_t i = 0; i + 1 < y.dim(); ++i) all |= y.stride(i) * y.element_size();
+  return all % 16 == 0 ? y : y.clone(at::MemoryFormat::Contiguous);
+}
+
 Tensor in_dtype(const Tensor& x, at::ScalarType t) { return x.scalar_type() == t ? x : x.to(t); }
 
 // s and g may be fp32 beside any q; beside fp64 they are widened.
@@ -241,7 +249,6 @@ Tensor prefill(const Tensor& q_, const Tensor& k_, const Tensor& v_, const OptTe
   const Tensor w = workspace(p, exact ? GSA_CALL(q_, recurrent_workspace)(p) : GSA_CALL(q_, forward_workspace)(p), q_);
   if (exact) GSA_CALL(q_, recurrent_forward)(p);
   else GSA_CALL(q_, chunk_forward)(p);
-  GSA_CALL(q_, zero_padding)(p);
   return o;
 }
 
@@ -282,7 +289,7 @@ Seven chunk_backward(const OptTensor& d_o_, const OptTensor& d_hk_, const OptTen
       else dhv0.zero_();
     }
   } else {
-    const Tensor d_o = d_o_ ? readable(in_dtype(*d_o_, q_.scalar_type())) : at::zeros({p.B, p.T, p.HQ, p.V}, q_.options());
+    const Tensor d_o = d_o_ ? readable_in_pieces(in_dtype(*d_o_, q_.scalar_type())) : at::zeros({p.B, p.T, p.HQ, p.V}, q_.options());
     p.d_o = view(d_o);
     p.dq = view(dq), p.dk = view(dk), p.dv = view(dv), p.dg = view(dg);
     if (in.s.defined()) p.ds = view(ds);

@@ -41,7 +41,7 @@ struct Params {
   bool h0_broadcast = false;          // the leading dimension of hk0 and hv0 is 1: every sequence starts from the same state
 
   // A pool: hk0 = hkT and hv0 = hvT have P rows, and sequence n has row state_indices[n]. -1 (and anything out of range): padding, a sequence that
-  // the kernels take for empty and that has no state; zero_padding writes its o. nullptr: row n.
+  // the kernels take for empty and that has no state; its o is 0. nullptr: row n.
   const void* state_indices = nullptr;  // [N]
   bool indices_64 = false;
   int64_t P = 0;
@@ -133,7 +133,6 @@ constexpr int64_t boundary_slot(bool packed, int64_t begin, int64_t T, int64_t n
   void chunk_forward(const ForwardParams&);     \
   void chunk_backward(const BackwardParams&);   \
   void recurrent_forward(const ForwardParams&); \
-  void zero_padding(const ForwardParams&);      \
   int64_t recurrent_workspace(const Params&);   \
   void step(const StepParams&);                 \
   void abc_gates(const AbcParams&);             \

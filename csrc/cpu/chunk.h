@@ -178,7 +178,7 @@ template <class T> class Forward {
     const Sequence seq = sequence(p, piece.n);
     const int r = d.r, Kp = d.Kp, Vp = d.Vp, Mp = d.Mp;
     const int64_t row0 = initial_row(p, piece.n, h), rowT = state_row(p, piece.n) * d.H + h, Kd = int64_t(Kp) * Mp;
-    if (rowT < 0) return;
+    if (rowT < 0) return zero_padding(p, piece.n, h);
     const Head head(p, seq, h);
     if (piece.first()) {
       load_state(w.Hk, d.K, d.M, p.hk0, row0 * d.K * d.M, false);

@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <cstring>
 #include <string_view>
 
 #include "kernels.h"
@@ -86,16 +85,6 @@ int64_t recurrent_workspace(const Params&) { return 0; }
 void chunk_forward(const ForwardParams& p) { kernels().chunk_forward(p); }
 void chunk_backward(const BackwardParams& p) { kernels().chunk_backward(p); }
 void recurrent_forward(const ForwardParams& p) { kernels().recurrent_forward(p); }
-void zero_padding(const ForwardParams& p) {
-  const int64_t element = p.o.dtype == DType::f64 ? 8 : p.o.dtype == DType::f32 ? 4 : 2;
-  for (int64_t n = 0; n < p.N; ++n) {
-    if (state_row(p, n) >= 0) continue;
-    const Sequence s = all_tokens(p, n);
-    for (int64_t t = s.begin; t < s.begin + s.length; ++t)
-      for (int64_t h = 0; h < p.HQ; ++h)
-        std::memset(static_cast<char*>(p.o.ptr) + (s.batch * p.o.batch + t * p.o.token + h * p.o.head) * element, 0, p.V * element);
-  }
-}
 void step(const StepParams& p) { kernels().step(p); }
 void abc_gates(const AbcParams& p) { kernels().abc_gates(p); }
 void abc_gates_backward(const AbcParams& p) { kernels().abc_gates_backward(p); }

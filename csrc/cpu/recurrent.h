@@ -117,7 +117,10 @@ template <class T> void recurrent_forward(const ForwardParams& params) {
         };
         for (int64_t item; items.next(item);) {
           const int64_t n = item / H, h = item % H, rowT = state_row(p, n) * H + h, row0 = p.h0_broadcast ? h : rowT, KM = int64_t(K) * M, MV = int64_t(M) * V;
-          if (rowT < 0) continue;
+          if (rowT < 0) {
+            zero_padding(p, n, h);
+            continue;
+          }
           const Sequence seq = sequence(p, n);
           const Rows k = rows(p.k, seq, h, p.reverse), v = rows(p.v, seq, h, p.reverse), g = rows(p.g, seq, h, p.reverse), s = rows(p.s, seq, h, p.reverse);
           copy(Hk, 0, p.hk0, row0, KM);

@@ -19,6 +19,7 @@
 #include "core/scan.cuh"
 #include "core/select.cuh"
 #include "core/tile_io.cuh"
+#include "hopper.h"
 #include "states.h"
 
 namespace gsa::cuda {
@@ -43,7 +44,7 @@ template <class Cfg>
 Saved plan(const Params& p, char* base) {
   const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, Cfg::C);
   Saved s{};
-  s.bytes = (forward_workspace(p) + 255) / 256 * 256;      // which comes first
+  s.bytes = (states_workspace(p) + 255) / 256 * 256;      // which comes first
   auto take = [&](int64_t n) {
     char* r = base + s.bytes;
     s.bytes += (n + 255) / 256 * 256;
@@ -687,6 +688,7 @@ __global__ __launch_bounds__(KeysShared<Cfg>::threads, Cfg::blocks_per_sm) void 
 }  // namespace
 
 int64_t backward_workspace(const Params& p) {
+  if (hopper_takes(p)) return hopper_backward_workspace(p);
   int64_t bytes = 0;
   select_config(p, [&]<class Cfg>() { bytes = plan<Cfg>(p, nullptr).bytes; });
   return bytes;
@@ -694,6 +696,7 @@ int64_t backward_workspace(const Params& p) {
 
 void chunk_backward(const BackwardParams& p) {
   require_device();
+  if (hopper_takes(p)) return hopper_backward(p);
   select_config(p, [&]<class Cfg>() {
     Saved saved = plan<Cfg>(p, static_cast<char*>(p.workspace));
     const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, Cfg::C);

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 #include "../../params.h"
 
@@ -33,6 +34,24 @@ inline int shared_memory() {
   check(cudaGetDevice(&device), "cudaGetDevice");
   check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
   return bytes;
+}
+
+// Which of the chunk kernels run: GSA_KERNELS=portable or =hopper in the environment, for tests and measurements; else whichever is the faster.
+enum class Kernels { automatic, portable, hopper };
+inline Kernels wanted_kernels() {
+  const char* name = std::getenv("GSA_KERNELS");
+  const std::string_view x = name ? name : "";
+  return x == "portable" ? Kernels::portable : x == "hopper" ? Kernels::hopper : Kernels::automatic;
+}
+
+// Multiprocessors of the current device, if it runs code for sm_90a and this build has any; else 0.
+inline int hopper_multiprocessors() {
+  if (std::string_view(GSA_BUILT_ARCHS).find("9.0a") == std::string_view::npos) return 0;
+  int device = 0, major = 0, count = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  return major == 9 ? count : 0;
 }
 
 template <class Kernel, class... Args>

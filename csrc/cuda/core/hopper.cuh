@@ -1,0 +1,636 @@
+// Hopper (sm_90a): asynchronous warpgroup products (wgmma) over swizzled tiles in shared memory, barriers between warpgroups, and what the fused
+// kernels of both directions share: the gates of a window of tokens and the first half of either pass.
+//
+// Tiles. 16-bit elements, 64 columns: row r is 128 bytes at 128 r, its eight 16-byte pieces permuted by r % 8 (SWIZZLE_128B), 1024-byte aligned. A matrix
+// of D columns is D / 64 such tiles, one after the other. A tile is an operand as it lies ("kmajor": its columns are summed over) or transposed
+// ("mnmajor": its rows are summed over).
+//
+// Windows. The products of a chunk are taken relative to a reference in the middle of its gates,
+//     exp(G_i - G_j) = R_i (exp(ref - G_j)),      R_i = exp(G_i - ref),      S_j = s_j exp(ref - G_j),
+// which is safe while the gates of no slot span more than `limit` over it. A chunk in which they do is cut into windows in which they do not; the first
+// gate of a window counts for the state only, so that a window of one token always exists and a reset (-inf) is the first of its window. Tokens outside
+// the window have R = S = 0: the kernels do one window after the other over the same tiles of 64 tokens. One form for all gates, nothing is clamped.
+#pragma once
+#include "chunk.cuh"
+#include "tile_io.cuh"
+
+namespace gsa::cuda::hopper {
+
+constexpr int kChunk = 64, kSlots = 64, kTile = 64 * 64;   // tokens, slots (padded); elements of a [64 x 64] tile
+constexpr int ldr = kSlots + 8;                            // row stride of R
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define GSA_HOPPER 1
+#else
+#define GSA_HOPPER 0
+#endif
+
+__device__ inline uint32_t address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+// A value that is in a register from here on: neither is its arithmetic done again wherever it is used, nor all that follows from it long before.
+template <class T>
+__device__ inline T* kept(T* p) {
+  asm volatile("" : "+l"(p));
+  return p;
+}
+__device__ inline int kept(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+// ------------------------------------------------------------------------------------------------------------ barriers
+
+__device__ inline void init(uint64_t* barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(barrier)), "r"(count) : "memory");
+}
+__device__ inline void arrive(uint64_t* barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(barrier)) : "memory"); }
+__device__ inline void wait(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}" ::"r"(address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+// All `threads` threads that name this barrier.
+__device__ inline void sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+// What this thread wrote to shared memory is seen by products that start after the next barrier.
+__device__ inline void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// One arrival for each warp.
+__device__ inline void arrive_warp(uint64_t* barrier) {
+  __syncwarp();
+  if (lane_id() == 0) arrive(barrier);
+}
+
+template <int registers>
+__device__ inline void give_registers() {
+#if GSA_HOPPER
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
+#endif
+}
+template <int registers>
+__device__ inline void take_registers() {
+#if GSA_HOPPER
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
+#endif
+}
+
+// ------------------------------------------------------------------------------------------------------------ products
+
+struct Operand {
+  uint64_t base;
+  int group;                                               // 16-byte units from one run of four steps to the next (kmajor)
+  bool transposed;
+  __device__ uint64_t step(int k) const { return base + (transposed ? k * 128 : (k & 3) * 2 + (k >> 2) * group); }
+};
+__device__ inline uint64_t descriptor(const void* tile, int stride) {
+  return ((address(tile) & 0x3ffffu) >> 4) | (static_cast<uint64_t>(stride >> 4) << 16) | (static_cast<uint64_t>(1024 >> 4) << 32) | (1ull << 62);
+}
+// X[mn][k] = tiles[k / 64][mn][k % 64], each of `rows` rows.
+__device__ inline Operand kmajor(const void* tiles, int rows = 64) { return {descriptor(tiles, 16), rows * 8, false}; }
+// X[mn][k] = tiles[mn / 64][k][mn % 64].
+__device__ inline Operand mnmajor(const void* tiles) { return {descriptor(tiles, kTile * 2), 0, true}; }
+
+// acc[t][0..1]: row lane / 4 of the warp's 16, columns 8 t + 2 (lane % 4) + {0, 1}; acc[t][2..3]: row lane / 4 + 8. As in core/mma.cuh.
+#define GSA_ACC4(c, i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
+#define GSA_ACC32(c, i) \
+  GSA_ACC4(c, i), GSA_ACC4(c, i + 1), GSA_ACC4(c, i + 2), GSA_ACC4(c, i + 3), GSA_ACC4(c, i + 4), GSA_ACC4(c, i + 5), GSA_ACC4(c, i + 6), GSA_ACC4(c, i + 7)
+#define GSA_REGS32                                                                                                                                    \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, " \
+  "%31"
+#define GSA_REGS64                                                                                                                                      \
+  GSA_REGS32                                                                                                                                            \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, " \
+  "%61, %62, %63"
+#define GSA_WGMMA_SS(shape, type, regs, a, b, d, ta, tb, ...)                                                                                   \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " d ", 0;\nwgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" regs "}, " a ", " b \
+               ", p, 1, 1, " ta ", " tb ";\n}" __VA_ARGS__)
+#define GSA_WGMMA_RS(shape, type, regs, a, b, tb, ...) \
+  asm volatile("wgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" regs "}, " a ", " b ", 1, 1, 1, " tb ";" __VA_ARGS__)
+
+// acc (+)= A B, A from shared memory.
+template <class E, int NT, int TA, int TB>
+__device__ inline void wgmma(float (&c)[NT][4], uint64_t a, uint64_t b, int add) {
+#if GSA_HOPPER
+  if constexpr (NT == 8) {
+    if constexpr (std::is_same_v<E, bf16>)
+      GSA_WGMMA_SS("m64n64k16", "bf16", GSA_REGS32, "%32", "%33", "%34", "%35", "%36", : GSA_ACC32(c, 0) : "l"(a), "l"(b), "r"(add), "n"(TA), "n"(TB));
+    else GSA_WGMMA_SS("m64n64k16", "f16", GSA_REGS32, "%32", "%33", "%34", "%35", "%36", : GSA_ACC32(c, 0) : "l"(a), "l"(b), "r"(add), "n"(TA), "n"(TB));
+  } else {
+    if constexpr (std::is_same_v<E, bf16>)
+      GSA_WGMMA_SS("m64n128k16", "bf16", GSA_REGS64, "%64", "%65", "%66", "%67", "%68", : GSA_ACC32(c, 0), GSA_ACC32(c, 8) : "l"(a), "l"(b), "r"(add), "n"(TA),
+                   "n"(TB));
+    else
+      GSA_WGMMA_SS("m64n128k16", "f16", GSA_REGS64, "%64", "%65", "%66", "%67", "%68", : GSA_ACC32(c, 0), GSA_ACC32(c, 8) : "l"(a), "l"(b), "r"(add), "n"(TA),
+                   "n"(TB));
+  }
+#endif
+}
+// acc += A B, A from registers.
+template <class E, int NT, int TB>
+__device__ inline void wgmma(float (&c)[NT][4], const uint32_t (&a)[4], uint64_t b) {
+#if GSA_HOPPER
+  if constexpr (NT == 8) {
+    if constexpr (std::is_same_v<E, bf16>)
+      GSA_WGMMA_RS("m64n64k16", "bf16", GSA_REGS32, "{%32, %33, %34, %35}", "%36", "%37", : GSA_ACC32(c, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]),
+                   "l"(b), "n"(TB));
+    else
+      GSA_WGMMA_RS("m64n64k16", "f16", GSA_REGS32, "{%32, %33, %34, %35}", "%36", "%37", : GSA_ACC32(c, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),
+                   "n"(TB));
+  } else {
+    if constexpr (std::is_same_v<E, bf16>)
+      GSA_WGMMA_RS("m64n128k16", "bf16", GSA_REGS64, "{%64, %65, %66, %67}", "%68", "%69", : GSA_ACC32(c, 0), GSA_ACC32(c, 8) : "r"(a[0]), "r"(a[1]), "r"(a[2]),
+                   "r"(a[3]), "l"(b), "n"(TB));
+    else
+      GSA_WGMMA_RS("m64n128k16", "f16", GSA_REGS64, "{%64, %65, %66, %67}", "%68", "%69", : GSA_ACC32(c, 0), GSA_ACC32(c, 8) : "r"(a[0]), "r"(a[1]), "r"(a[2]),
+                   "r"(a[3]), "l"(b), "n"(TB));
+  }
+#endif
+}
+
+// Accumulators change hands between this thread and the products in flight.
+template <int NT>
+__device__ inline void hand_over(float (&c)[NT][4]) {
+#pragma unroll
+  for (int t = 0; t < NT; ++t) asm volatile("" : GSA_ACC4(c, t)::"memory");
+}
+__device__ inline void products_begin() {
+#if GSA_HOPPER
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+__device__ inline void products_commit() {
+#if GSA_HOPPER
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+template <int pending>
+__device__ inline void products_wait() {
+#if GSA_HOPPER
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+#endif
+}
+
+// Between products_begin and products_commit: c (+)= A B, STEPS x 16 summed over.
+template <class E, int STEPS, int TA, int TB, int NT>
+__device__ inline void product(float (&c)[NT][4], const Operand& a, const Operand& b, bool add) {
+#pragma unroll
+  for (int k = 0; k < STEPS; ++k) wgmma<E, NT, TA, TB>(c, a.step(k), b.step(k), add || k > 0);
+}
+template <class E, int TB, int NT, int KD>
+__device__ inline void product(float (&c)[NT][4], const typename Arith<E>::template Op<KD>& a, const Operand& b) {
+#pragma unroll
+  for (int k = 0; k < KD / 16; ++k) wgmma<E, NT, TB>(c, a.r[k], b.step(k));
+}
+
+// ------------------------------------------------------------------------------------------------------------ tiles
+
+template <class E>
+__device__ inline E* at(E* tile, int r, int c) {
+  return tile + r * 64 + (((c >> 3) ^ (r & 7)) << 3) + (c & 7);
+}
+// The same for many columns of one row: place(tile, r, c) ^ 16 t is 8 t columns on (c < 8). Byte addresses in shared memory.
+template <class E>
+__device__ inline uint32_t place(const E* tile, int r, int c) {
+  return kept(static_cast<int>(address(tile) + r * 128 + ((r & 7) << 4) + c * 2));
+}
+// *p, or 0: a load and no branch.
+__device__ inline void load_if(bool valid, const void* p, uint32_t& x) {
+  asm volatile("{\n.reg .pred valid;\nsetp.ne.u32 valid, %2, 0;\nmov.u32 %0, 0;\n@valid ld.global.nc.b32 %0, [%1];\n}" : "=r"(x) : "l"(p), "r"(int(valid)));
+}
+
+// Two neighbouring elements of 16 bits; `offset` bytes further on.
+template <class E, int offset = 0>
+__device__ inline float2 pair_at(uint32_t p) {
+  uint32_t x;
+  asm volatile("ld.shared.b32 %0, [%1 + %2];" : "=r"(x) : "r"(p), "n"(offset) : "memory");
+  if constexpr (std::is_same_v<E, bf16>) return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
+  else return __half22float2(*reinterpret_cast<const half2*>(&x));
+}
+// The sum of a tile and of the one after it: a value in two parts.
+template <class E>
+__device__ inline float2 both_at(uint32_t p) {
+  const float2 hi = pair_at<E>(p), lo = pair_at<E, kTile * 2>(p);
+  return make_float2(hi.x + lo.x, hi.y + lo.y);
+}
+
+// 64 tokens of a head, D columns, zero from `rows` on. Asynchronous.
+template <int D, int THREADS, class E>
+__device__ inline void load_tokens(E* tiles, const Rows& src, int rows, int tid) {
+  constexpr int across = D / 8, down = THREADS / across;     // rows of one turn; a multiple of 8, so that the swizzle stays
+  int r = kept(tid) / across;
+  const int c = tid % across;
+  uint32_t to = address(at(tiles + c / 8 * kTile, r, c % 8 * 8));
+  const E* from = kept(static_cast<const E*>(src.ptr) + src.at(r) + c * 8);
+#pragma unroll 4
+  for (int k = 0; k < 64 / down; ++k, r += down, to += down * 128, from += down * src.step) {
+    const int bytes = r < rows ? 16 : 0;                      // 0: nothing is read, zeros are written
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+  }
+}
+// A boundary state [D][M], zero from slot M on.
+template <int D, class E>
+__device__ inline void load_state(E* tile, const E* src, int M, int tid) {
+  const int r = kept(tid) / 8, c = tid % 8 * 8, bytes = c < M ? 16 : 0;
+  uint32_t to = address(at(tile, r, c));
+  const E* from = kept(src + r * M + (c < M ? c : 0));
+#pragma unroll 4
+  for (int k = 0; k < D / 16; ++k, to += 2048, from += 16 * M)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+template <int D, class E>
+__device__ inline void store_state(E* dst, const E* tile, int M, int tid) {
+  const int r = tid / 8, c = tid % 8 * 8;
+  if (c >= M) return;
+  const E* from = at(tile, r, c);
+  E* to = dst + r * M + c;
+#pragma unroll 4
+  for (int k = 0; k < D / 16; ++k, from += 1024, to += 16 * M) *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+}
+
+// An operand of 16 rows and 64 columns into rows of its warp.
+__device__ inline void stmatrix4(uint32_t p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+#if GSA_HOPPER
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(p), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+#endif
+}
+__device__ inline void stmatrix4_trans(void* p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+#if GSA_HOPPER
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address(p)), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+#endif
+}
+template <class E>
+__device__ inline void store_operand(E* tile, const typename Arith<E>::template Op<64>& x, int warp) {
+  const uint32_t p = place(tile, warp * 16 + (lane_id() & 15), 0) ^ (lane_id() >> 4 << 4);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) stmatrix4(p ^ (k * 32), x.r[k][0], x.r[k][1], x.r[k][2], x.r[k][3]);
+}
+template <class E>
+__device__ inline typename Arith<E>::template Op<64> operand(const float (&x)[8][4]) {
+  typename Arith<E>::template Op<64> r;
+  Arith<E>::template from_acc<64>(r, x, nullptr, 0);
+  return r;
+}
+template <class E>
+__device__ inline typename Arith<E>::template Split<64> split(const float (&x)[8][4]) {
+  typename Arith<E>::template Split<64> r;
+  Arith<E>::template from_acc_split<64>(r, x, nullptr, 0);
+  return r;
+}
+// A state in registers, rows = slots, columns = dimensions, into the tile [D][64] of its transpose.
+template <class E, int NT>
+__device__ inline void store_transposed(E* tile, const float (&h)[NT][4], int warp) {
+  const int l = lane_id();
+#pragma unroll
+  for (int n = 0; n < NT; n += 2)
+    stmatrix4_trans(at(tile, (n + (l >> 4)) * 8 + (l & 7), warp * 16 + ((l >> 3) & 1) * 8), pack<E>(h[n][0], h[n][1]), pack<E>(h[n][2], h[n][3]),
+                    pack<E>(h[n + 1][0], h[n + 1][1]), pack<E>(h[n + 1][2], h[n + 1][3]));
+}
+
+// acc to rows begin .. end - 1 of a head, columns from d0 on.
+template <class E, int NT>
+__device__ inline void store_window(const Rows& dst, const float (&acc)[NT][4], int warp, int begin, int end, int d0 = 0) {
+  const int i = warp * 16 + frag_row(), d = d0 + paired_column();
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int row = i + 8 * h;
+    E* p = kept(static_cast<E*>(const_cast<void*>(dst.ptr)) + dst.at(row) + d);
+#pragma unroll
+    for (int t = 0; t < NT; t += 2) {
+      const uint2 v = pair_words(pack<E>(acc[t][2 * h], acc[t][2 * h + 1]), pack<E>(acc[t + 1][2 * h], acc[t + 1][2 * h + 1]));
+      if (row >= begin && row < end) *reinterpret_cast<uint2*>(p + t * 8) = v;
+    }
+  }
+}
+
+template <int NT>
+__device__ inline void scale_rows(float (&c)[NT][4], float top, float bottom) {
+#pragma unroll
+  for (int t = 0; t < NT; ++t) c[t][0] *= top, c[t][1] *= top, c[t][2] *= bottom, c[t][3] *= bottom;
+}
+
+// A state tensor Hk [K][M] (values: Hv [M][V]) to and from registers, rows = slots.
+template <int NT>
+__device__ inline void load_registers(float (&h)[NT][4], const float* state, bool values, int D, int M, int warp) {
+  zero(h);
+  if (!state) return;
+#pragma unroll
+  for (int t = 0; t < NT; ++t)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int m = warp * 16 + frag_row() + (e >> 1) * 8, d = t * 8 + frag_col() + (e & 1);
+      if (m < M) h[t][e] = state[values ? m * D + d : d * M + m];
+    }
+}
+template <int NT>
+__device__ inline void store_registers(float* state, const float (&h)[NT][4], bool values, int D, int M, int warp) {
+#pragma unroll
+  for (int t = 0; t < NT; ++t)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int m = warp * 16 + frag_row() + (e >> 1) * 8, d = t * 8 + frag_col() + (e & 1);
+      if (m < M) state[values ? m * D + d : d * M + m] = h[t][e];
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------------ gates
+
+// A window of a chunk, as the products need it.
+template <class E>
+struct Window {
+  E S[2][kTile];                                           // s_j exp(ref - G_j): rounded, and what rounding dropped
+  float R[64 * ldr];                                       // exp(G_i - ref)
+  float in[kSlots], out[kSlots];                           // exp(ref) on the state before the window; exp(G_end - ref)
+  float start[kSlots];                                     // exp of the window's first gate
+  int begin, end, last;                                    // tokens of the chunk; whether its last
+  char pad[244];
+};
+static_assert(sizeof(Window<bf16>) % 1024 == 0);
+
+// The 64 / ROWS warps that make them: thread (warp w, lane l) has ROWS tokens from ROWS w on, of slots 2 l and 2 l + 1.
+template <class E, int ROWS>
+struct GateMaker {
+  static constexpr int warps = 64 / ROWS;
+  static constexpr float limit = std::is_same_v<E, bf16> ? 110.f : 20.f;   // in powers of two; half of it to either side of the reference
+  float g[ROWS][2], s[ROWS][2];                            // log2 of the gates; write strengths
+  struct Scratch {
+    float total[warps][kSlots], first[kSlots], span[64];
+  };
+  Scratch& scratch;
+  int warp, lane, barrier;                                 // of the warpgroup
+
+  __device__ GateMaker(Scratch& shared, int tid, int barrier)
+      : scratch(shared), warp(__shfl_sync(0xffffffffu, tid / 32, 0)), lane(tid % 32), barrier(barrier) {}
+
+  // 16-bit gates on their way to registers; those of fp32 are loaded when they are needed.
+  struct Raw {
+    uint32_t g[ROWS], s[ROWS];
+  };
+  __device__ void fetch(Raw& raw, const Params& p, const Chunk& c, int64_t head) const {
+    fetch(raw.g, p, rows_of(p.g, c, head), c.length);
+    fetch(raw.s, p, rows_of(p.s, c, head), c.length);
+  }
+  // Without anything in between.
+  __device__ void load(const Params& p, const Chunk& c, int64_t head) {
+    Raw raw;
+    fetch(raw, p, c, head);
+    load(raw, p, c, head);
+  }
+  __device__ void load(const Raw& raw, const Params& p, const Chunk& c, int64_t head) {
+    unpack(g, raw.g, p, rows_of(p.g, c, head), c.length);
+    if (p.s.ptr) {
+      unpack(s, raw.s, p, rows_of(p.s, c, head), c.length);
+    } else {
+#pragma unroll
+      for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) s[i][e] = one_minus_exp(g[i][e]);      // 0 where there is no token
+    }
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) g[i][0] *= 1.4426950408889634f, g[i][1] *= 1.4426950408889634f;
+  }
+  __device__ int rows_here(const Params& p, int length) const { return 2 * lane < p.M ? length - warp * ROWS : 0; }
+  __device__ void fetch(uint32_t (&raw)[ROWS], const Params& p, const Rows& src, int length) const {
+    const int rows = src.ptr && src.dtype != DType::f32 ? rows_here(p, length) : 0;
+    const uint16_t* q = kept(static_cast<const uint16_t*>(src.ptr) + src.at(warp * ROWS) + 2 * lane);
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i, q += src.step) load_if(i < rows, q, raw[i]);
+  }
+  __device__ void unpack(float (&x)[ROWS][2], const uint32_t (&raw)[ROWS], const Params& p, const Rows& src, int length) const {
+    if (src.dtype == DType::f32) {
+      const int rows = rows_here(p, length);
+      const float* q = kept(static_cast<const float*>(src.ptr) + src.at(warp * ROWS) + 2 * lane);
+#pragma unroll
+      for (int i = 0; i < ROWS; ++i, q += src.step) {
+        uint32_t a, b;
+        load_if(i < rows, q, a), load_if(i < rows, q + 1, b);
+        x[i][0] = __uint_as_float(a), x[i][1] = __uint_as_float(b);
+      }
+    } else {                                               // hopper_takes: of E
+#pragma unroll
+      for (int i = 0; i < ROWS; ++i) {
+        if constexpr (std::is_same_v<E, bf16>) {
+          x[i][0] = __uint_as_float(raw[i] << 16), x[i][1] = __uint_as_float(raw[i] & 0xffff0000u);
+        } else {
+          const float2 v = __half22float2(*reinterpret_cast<const half2*>(&raw[i]));
+          x[i][0] = v.x, x[i][1] = v.y;
+        }
+      }
+    }
+  }
+  // To the accuracy of 16-bit operands in two parts, without a branch: coupled_write in a third of the instructions.
+  __device__ static float one_minus_exp(float g) {
+    const float series = -g * fmaf(g, fmaf(g, fmaf(g, fmaf(g, 1.f / 120, 1.f / 24), 1.f / 6), 0.5f), 1.f);
+    return g < -0.125f ? 1.f - fast_exp2(g * 1.4426950408889634f) : series;
+  }
+  __device__ void together() const { sync(barrier, warps * 32); }
+
+  // Sums of the gates from `begin` (whose own gate does not count) on; all threads' totals in scratch.
+  __device__ void sums(int begin, int end, float (&before)[2], float (&total)[2]) {
+    together();                                            // scratch is free
+    float run[2] = {0.f, 0.f};
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+      const int t = warp * ROWS + i;
+      if (t > begin && t < end) run[0] += g[i][0], run[1] += g[i][1];
+      if (t == begin) *reinterpret_cast<float2*>(scratch.first + 2 * lane) = make_float2(g[i][0], g[i][1]);
+    }
+    *reinterpret_cast<float2*>(&scratch.total[warp][2 * lane]) = make_float2(run[0], run[1]);
+    together();
+    before[0] = before[1] = total[0] = total[1] = 0.f;
+#pragma unroll
+    for (int w = 0; w < warps; ++w) {
+      const float2 x = *reinterpret_cast<const float2*>(&scratch.total[w][2 * lane]);
+      if (w < warp) before[0] += x.x, before[1] += x.y;
+      total[0] += x.x, total[1] += x.y;
+    }
+  }
+
+  // Whether a window with these sums is safe.
+  __device__ bool safe(const float (&total)[2]) const {
+    float top = fmaxf(fmaxf(-total[0], -total[1]), 0.f);    // not negative: ordered as its bits are
+    if (isnan(total[0]) || isnan(total[1])) top = INFINITY;
+    top = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(top)));
+    return top <= limit;
+  }
+  // Bit t: a window starts at token t.
+  __device__ uint64_t cut(int length) {
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+      float x = fmaxf(-g[i][0], -g[i][1]);
+      if (isnan(g[i][0]) || isnan(g[i][1])) x = INFINITY;
+      x = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(fmaxf(x, 0.f))));
+      if (lane == 0) scratch.span[warp * ROWS + i] = x;
+    }
+    together();
+    uint64_t starts = 1;
+    float sum = 0.f;
+    for (int t = 1; t < length; ++t) {
+      sum += scratch.span[t];
+      if (!(sum <= limit)) starts |= 1ull << t, sum = 0.f;
+    }
+    return starts;
+  }
+
+  // g and s become R and S of the window; before, total: of sums(begin, end).
+  __device__ void make(int begin, int end, const float (&before)[2], const float (&total)[2]) {
+    float sum[2] = {before[0] - 0.5f * total[0], before[1] - 0.5f * total[1]};
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+      const int t = warp * ROWS + i;
+      const bool inside = t >= begin && t < end;
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if (t > begin && inside) sum[e] += g[i][e];
+        g[i][e] = inside ? fast_exp2(sum[e]) : 0.f;
+        s[i][e] = inside ? s[i][e] * fast_exp2(-sum[e]) : 0.f;
+      }
+    }
+  }
+  __device__ void store(Window<E>& w, const float (&total)[2]) const {
+    float* R = w.R + warp * ROWS * ldr + 2 * lane;
+    const uint32_t to = place(w.S[0], warp * ROWS, (lane & 3) * 2), piece = kept(lane >> 2 << 4);
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+      *reinterpret_cast<float2*>(R + i * ldr) = make_float2(g[i][0], g[i][1]);
+      uint32_t hi, lo;
+      Arith<E>::split_pair(s[i][0], s[i][1], hi, lo);
+      asm volatile("st.shared.b32 [%0], %1;\nst.shared.b32 [%0 + %3], %2;" ::"r"(to + i * 128 + (piece ^ ((i & 7) << 4))), "r"(hi), "r"(lo), "n"(kTile * 2)
+                   : "memory");
+    }
+    if (warp == 0) {
+      const float2 first = *reinterpret_cast<const float2*>(scratch.first + 2 * lane);
+      const float ref[2] = {0.5f * total[0], 0.5f * total[1]};
+      *reinterpret_cast<float2*>(w.start + 2 * lane) = make_float2(exp2f(first.x), exp2f(first.y));
+      *reinterpret_cast<float2*>(w.in + 2 * lane) = make_float2(exp2f(first.x + ref[0]), exp2f(first.y + ref[1]));
+      *reinterpret_cast<float2*>(w.out + 2 * lane) = make_float2(exp2f(total[0] - ref[0]), exp2f(total[1] - ref[1]));
+    }
+  }
+};
+
+// What leads from the state before a chunk to that before its token `begin`:  H <- decay H + sum_{j < begin} x_j S_j.
+template <class E>
+struct Advance {
+  E* S;                                                    // s_j exp(G_{begin - 1} - G_j), a tile
+  float* decay;                                            // [kSlots]
+  __device__ void write(const GateMaker<E, 16>& gates, int begin) const {
+    const int warp = gates.warp, m = 2 * gates.lane;
+    float run[2] = {0.f, 0.f}, later[2] = {0.f, 0.f};
+    gates.together();
+#pragma unroll
+    for (int i = 0; i < 16; ++i)
+      if (warp * 16 + i < begin) run[0] += gates.g[i][0], run[1] += gates.g[i][1];
+    *reinterpret_cast<float2*>(&gates.scratch.total[warp][m]) = make_float2(run[0], run[1]);
+    gates.together();
+    for (int w = 3; w > warp; --w) later[0] += gates.scratch.total[w][m], later[1] += gates.scratch.total[w][m + 1];
+    if (warp == 0) decay[m] = exp2f(later[0] + run[0]), decay[m + 1] = exp2f(later[1] + run[1]);
+#pragma unroll
+    for (int i = 15; i >= 0; --i) {
+      const bool inside = warp * 16 + i < begin;
+      *reinterpret_cast<uint32_t*>(at(S, warp * 16 + i, m)) = inside ? pack<E>(gates.s[i][0] * fast_exp2(later[0]), gates.s[i][1] * fast_exp2(later[1])) : 0u;
+      if (inside) later[0] += gates.g[i][0], later[1] += gates.g[i][1];
+    }
+  }
+};
+
+// ------------------------------------------------------------------------------------------------------------ the first half of either pass
+
+// Keeps x[i, j] with i - j >= least (lower), or j - i >= least.
+template <bool lower, int least>
+__device__ inline void keep(float (&x)[8][4], int warp) {
+  const int i = warp * 16 + frag_row() - frag_col();
+#pragma unroll
+  for (int t = 0; t < 8; ++t)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int j = t * 8 + (e & 1) - (e >> 1) * 8;          // i - j of this element is i - j
+      if (lower ? i - j < least : j - i < least) x[t][e] = 0.f;
+    }
+}
+
+// x[i, m] *= R_i
+template <class E>
+__device__ inline void scale_by_R(float (&x)[8][4], const Window<E>& w, int warp) {
+  const float* R = w.R + (warp * 16 + frag_row()) * ldr + frag_col();
+#pragma unroll
+  for (int t = 0; t < 8; ++t) {
+    const float2 x0 = *reinterpret_cast<const float2*>(R + t * 8), x1 = *reinterpret_cast<const float2*>(R + 8 * ldr + t * 8);
+    x[t][0] *= x0.x, x[t][1] *= x0.y, x[t][2] *= x1.x, x[t][3] *= x1.y;
+  }
+}
+// x[i, m] *= f_m
+__device__ inline void scale_columns(float (&x)[8][4], const float* f) {
+#pragma unroll
+  for (int t = 0; t < 8; ++t) {
+    const float2 y = *reinterpret_cast<const float2*>(f + t * 8 + frag_col());
+    x[t][0] *= y.x, x[t][1] *= y.y, x[t][2] *= y.x, x[t][3] *= y.y;
+  }
+}
+
+// o[i, m] = exp(ref) (a H) + X S, X = tril(a b^T): times R, o1 / scale from (q, k, Hk), dp from (d_o, v, Hv).
+// diagonal false: X strictly lower, and the diagonal of a b^T apart, of rows lane / 4 and lane / 4 + 8.
+template <class E, int D, bool diagonal>
+__device__ inline void scores(float (&o)[8][4], float (&d)[2], const E* a, const E* b, const E* H, const Window<E>& w, int warp) {
+  float x[8][4];
+  hand_over(x);
+  hand_over(o);
+  products_begin();
+  product<E, D / 16, 0, 0>(x, kmajor(a), kmajor(b), false);
+  products_commit();
+  product<E, D / 16, 0, 1>(o, kmajor(a), mnmajor(H), false);
+  products_commit();
+  products_wait<1>();
+  hand_over(x);
+  if constexpr (!diagonal) {
+    const int r = frag_row(), lane = 4 * r + (r >> 1);
+    float top = 0.f, bottom = 0.f;
+#pragma unroll
+    for (int J = 0; J < 4; ++J)
+      if (J == warp) { top = (r & 1) ? x[2 * J][1] : x[2 * J][0], bottom = (r & 1) ? x[2 * J + 1][3] : x[2 * J + 1][2]; }
+    d[0] = __shfl_sync(0xffffffffu, top, lane), d[1] = __shfl_sync(0xffffffffu, bottom, lane);
+  }
+  keep<true, diagonal ? 0 : 1>(x, warp);
+  const auto X = split<E>(x);
+  products_wait<0>();
+  hand_over(o);
+  scale_columns(o, w.in);
+  hand_over(o);
+  products_begin();
+  product<E, 1>(o, X.hi, mnmajor(w.S[0]));
+  product<E, 1>(o, X.lo, mnmajor(w.S[0]));
+  product<E, 1>(o, X.hi, mnmajor(w.S[1]));
+  products_commit();
+  products_wait<0>();
+  hand_over(o);
+}
+
+// exp(c x) of a row over its sum, slots >= M nothing.
+__device__ inline void softmax(float (&x)[8][4], float c, int M) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float top = -INFINITY, sum = 0.f;
+#pragma unroll
+    for (int t = 0; t < 8; ++t)
+#pragma unroll
+      for (int e = 2 * h; e < 2 * h + 2; ++e) x[t][e] = t * 8 < M ? x[t][e] * c : -INFINITY, top = fmaxf(top, x[t][e]);
+    top = quad_max(top);
+#pragma unroll
+    for (int t = 0; t < 8; ++t)
+#pragma unroll
+      for (int e = 2 * h; e < 2 * h + 2; ++e) x[t][e] = fast_exp2(x[t][e] - top), sum += x[t][e];
+    const float inv = 1.f / quad_sum(sum);
+#pragma unroll
+    for (int t = 0; t < 8; ++t)
+#pragma unroll
+      for (int e = 2 * h; e < 2 * h + 2; ++e) x[t][e] *= inv;
+  }
+}
+
+// The types and sizes that the kernels are made for (hopper_takes).
+template <class F>
+void select_hopper(const Params& p, F&& f) {
+  if (p.q.dtype == DType::bf16) p.K == 128 ? f.template operator()<bf16, 128>() : f.template operator()<bf16, 64>();
+  else p.K == 128 ? f.template operator()<half, 128>() : f.template operator()<half, 64>();
+}
+
+}  // namespace gsa::cuda::hopper

@@ -1,0 +1,249 @@
+// Chunked forward for Hopper (sm_90a): everything in one kernel, one block for each sequence and query head, its chunks in order, its states in registers.
+//
+//     X  = tril(scale q k^T)                          o1 = R (exp(ref) (scale q Hk) + X S)         p = softmax(o1)          the keys' warpgroup
+//     P  = p R                                        Hk <- exp(G_end - ref) (exp(ref) Hk + k (x) S)
+//     A2 = tril(P S^T)                                o  = A2 v + (P exp(ref)) Hv                                           the values' warpgroup
+//                                                     Hv <- exp(G_end - ref) (exp(ref) Hv + S (x) v)
+//
+// Four warpgroups: one brings the tokens, a chunk ahead, one makes the windows (R, S, ref; core/hopper.cuh), one has the keys, one the values, a window
+// behind. X and A2 are operands in two parts (16 + 16 bits), S too: what is rounded to 16 bits is the states as operands, and P in front of them. Query
+// heads of a group have a block each and share k, v and g through the cache; the first of them writes the states.
+//
+//     shared memory        written by        read by           barriers (full / empty)
+//     tokens[2]: q, k, v   tokens            keys; values      tokens_full / keys_free, values_free
+//     windows[2]           windows           keys, values      window_full / window_free
+//     Hk, Hv               keys; values      the same          the warpgroup's own
+//     P (hi, lo), P exp(ref)   keys          values            p_full / p_free
+#include "core/hopper.cuh"
+#include "core/select.cuh"
+#include "hopper.h"
+
+namespace gsa::cuda {
+namespace {
+
+using namespace hopper;
+
+template <class E, int D>
+struct ForwardShared {
+  E q[2][64 * D], k[2][64 * D], v[2][64 * D];
+  Window<E> windows[2];
+  E H[2][64 * D];  // [D][64] of the keys, of the values
+  E P[3][kTile];  // hi, lo, times exp(ref)
+  typename GateMaker<E, 16>::Scratch scratch;
+  uint64_t tokens_full[2], keys_free[2], values_free[2], window_full[2], window_free[2], p_full, p_free;
+};
+
+// A position in a ring of two and the parity of its barriers.
+struct Turn {
+  int i = 0;
+  uint32_t parity = 0;
+  [[maybe_unused]] __device__ void next() {
+    i ^= 1;
+    if (i == 0) parity ^= 1;
+  }
+};
+
+// The keys' warpgroup, or the values'.
+template <class E, int D, bool values>
+__device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary, ForwardShared<E, D>& m, Chunk c, int64_t n, int64_t head, int64_t q_head) {
+  const int tid = threadIdx.x % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0);
+  const bool outputs = p.o.ptr != nullptr, owner = q_head % (p.HQ / p.H) == 0;
+  const int64_t chunks = c.seq.chunks;
+  constexpr int own = values ? 3 : 2;  // barrier of this warpgroup
+  float H[D / 8][4];  // rows: slots
+  {
+    const float* in = static_cast<const float*>(values ? p.hv0 : p.hk0);
+    if (in) in += ((p.h0_broadcast ? 0 : state_row(p, n) * p.H) + head) * D * p.M;
+    load_registers(H, in, values, D, p.M, warp);
+  }
+  E* tile = m.H[values];
+  store_transposed<E>(tile, H, warp);
+  publish();
+  sync(own, 128);
+  Turn tokens, window;
+  uint32_t p_parity = 0;
+  const int row = warp * 16 + frag_row();
+
+  for (int64_t i = 0; i < chunks; ++i) {
+    c.select(p, i, kChunk);
+    if (boundary && owner) store_state<D>(boundary + ((c.slot * p.H + head) * 2 + values) * int64_t(D) * p.M, tile, p.M, tid);
+    wait(m.tokens_full + tokens.i, tokens.parity);
+    const E* x = values ? m.v[tokens.i] : m.k[tokens.i];
+    for (bool last = false; !last; window.next()) {
+      wait(m.window_full + window.i, window.parity);
+      const Window<E>& w = m.windows[window.i];
+      last = w.last;
+      if (!values && outputs) {
+        float o[8][4], d[2];
+        scores<E, D, true>(o, d, m.q[tokens.i], x, tile, w, warp);
+        scale_by_R(o, w, warp);
+        softmax(o, static_cast<float>(p.scale) * 1.4426950408889634f, p.M);
+        scale_by_R(o, w, warp);
+        const auto P = split<E>(o);
+        scale_columns(o, w.in);
+        wait(&m.p_free, p_parity ^ 1);
+        store_operand<E>(m.P[0], P.hi, warp);
+        store_operand<E>(m.P[1], P.lo, warp);
+        store_operand<E>(m.P[2], operand<E>(o), warp);
+        publish();
+        arrive_warp(&m.p_full);
+        p_parity ^= 1;
+      } else if (outputs) {
+        wait(&m.p_full, p_parity);
+        p_parity ^= 1;
+        float a[8][4];
+        hand_over(a);
+        products_begin();
+        product<E, 4, 0, 0>(a, kmajor(m.P[0]), kmajor(w.S[0]), false);
+        product<E, 4, 0, 0>(a, kmajor(m.P[1]), kmajor(w.S[0]), true);
+        product<E, 4, 0, 0>(a, kmajor(m.P[0]), kmajor(w.S[1]), true);
+        products_commit();
+        products_wait<0>();
+        hand_over(a);
+        keep<true, 0>(a, warp);
+        const auto A2 = split<E>(a);
+        float o[D / 8][4];
+        hand_over(o);
+        products_begin();
+        product<E, 4, 0, 0>(o, kmajor(m.P[2]), kmajor(tile, D), false);
+        product<E, 1>(o, A2.hi, mnmajor(x));
+        product<E, 1>(o, A2.lo, mnmajor(x));
+        products_commit();
+        products_wait<0>();
+        hand_over(o);
+        arrive_warp(&m.p_free);
+        store_window<E>(rows_of(p.o, c, q_head), o, warp, w.begin, w.end);
+      }
+      scale_rows(H, w.in[row], w.in[row + 8]);
+      hand_over(H);
+      products_begin();
+      product<E, 4, 1, 1>(H, mnmajor(w.S[0]), mnmajor(x), true);
+      product<E, 4, 1, 1>(H, mnmajor(w.S[1]), mnmajor(x), true);
+      products_commit();
+      products_wait<0>();
+      hand_over(H);
+      scale_rows(H, w.out[row], w.out[row + 8]);
+      arrive_warp(m.window_free + window.i);
+      sync(own, 128);  // every warp is done with the tile
+      store_transposed<E>(tile, H, warp);
+      publish();
+      sync(own, 128);
+    }
+    arrive_warp((values ? m.values_free : m.keys_free) + tokens.i);
+    tokens.next();
+  }
+  if (float* out = static_cast<float*>(values ? p.hvT : p.hkT))
+    if (owner) store_registers(out + ((p.hkT == p.hk0 ? state_row(p, n) : n) * p.H + head) * D * p.M, H, values, D, p.M, warp);
+}
+
+template <class E, int D>
+__global__ __launch_bounds__(512, 1) void forward_kernel(const __grid_constant__ ForwardParams p, E* boundary) {
+#if GSA_HOPPER
+  extern __shared__ __align__(1024) char memory[];
+  auto& m = *reinterpret_cast<ForwardShared<E, D>*>(memory);
+  const int64_t q_head = blockIdx.x % p.HQ, n = blockIdx.x / p.HQ, head = q_head / (p.HQ / p.H);
+  if (state_row(p, n) < 0) return zero_padding(p, n, q_head);
+  const int role = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), tid = threadIdx.x % 128;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 2; ++i) {
+      init(m.tokens_full + i, 128), init(m.window_full + i, 128);
+      init(m.keys_free + i, 4), init(m.values_free + i, 4), init(m.window_free + i, 8);
+    }
+    init(&m.p_full, 4), init(&m.p_free, 4);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  Chunk c;
+  c.seq = sequence(p, n, kChunk);
+  const int64_t chunks = c.seq.chunks;
+  const bool outputs = p.o.ptr != nullptr;
+
+  if (role == 0) {  // windows
+    give_registers<128>();
+    GateMaker<E, 16> gates(m.scratch, tid, 1);
+    typename GateMaker<E, 16>::Raw raw;
+    Turn turn;
+    c.select(p, 0, kChunk);
+    if (chunks) gates.fetch(raw, p, c, head);
+    for (int64_t i = 0; i < chunks; ++i) {
+      c.select(p, i, kChunk);
+      uint64_t starts = 0;
+      for (int begin = 0; begin < c.length;) {
+        gates.load(raw, p, c, head);
+        const uint64_t later = begin == 63 ? 0 : starts & ~((2ull << begin) - 1);
+        const int end = later ? __ffsll(later) - 1 : c.length;
+        float before[2], total[2];
+        gates.sums(begin, end, before, total);
+        if (!starts) {
+          starts = gates.safe(total) ? 1 : gates.cut(c.length);
+          if (starts != 1) continue;
+        }
+        if (end == c.length && i + 1 < chunks) {  // the next chunk's gates are on their way meanwhile
+          Chunk next = c;
+          next.select(p, i + 1, kChunk);
+          gates.fetch(raw, p, next, head);
+        }
+        gates.make(begin, end, before, total);
+        Window<E>& w = m.windows[turn.i];
+        wait(m.window_free + turn.i, turn.parity ^ 1);
+        if (tid == 0) w.begin = begin, w.end = end, w.last = end == c.length;
+        gates.store(w, total);
+        publish();
+        arrive(m.window_full + turn.i);
+        turn.next();
+        begin = end;
+      }
+    }
+    return;
+  }
+  if (role == 3) {  // tokens
+    give_registers<48>();
+    Turn turn;
+    for (int64_t i = 0; i < chunks; ++i, turn.next()) {
+      c.select(p, i, kChunk);
+      wait(m.keys_free + turn.i, turn.parity ^ 1);
+      if (outputs) load_tokens<D, 128>(m.q[turn.i], rows_of(p.q, c, q_head), c.length, tid);
+      load_tokens<D, 128>(m.k[turn.i], rows_of(p.k, c, head), c.length, tid);
+      wait(m.values_free + turn.i, turn.parity ^ 1);
+      load_tokens<D, 128>(m.v[turn.i], rows_of(p.v, c, head), c.length, tid);
+      cp_async_commit();
+      cp_async_wait_for<0>();
+      publish();
+      arrive(m.tokens_full + turn.i);
+    }
+    return;
+  }
+  take_registers<168>();
+  if (role == 1) forward_half<E, D, false>(p, boundary, m, c, n, head, q_head);
+  else forward_half<E, D, true>(p, boundary, m, c, n, head, q_head);
+#endif
+}
+
+bool aligned(const View& x) { return ((reinterpret_cast<uintptr_t>(x.ptr) | x.batch * 2 | x.token * 2 | x.head * 2) & 15) == 0; }
+
+// Two neighbouring gates are one load.
+bool pairs(const Params& p, const View& x) {
+  const int64_t size = x.dtype == DType::f32 ? 4 : 2;
+  const bool whole = ((reinterpret_cast<uintptr_t>(x.ptr) | x.batch * size | x.token * size | x.head * size) & (2 * size - 1)) == 0;
+  return !x.ptr || (whole && (x.dtype == DType::f32 || x.dtype == p.q.dtype));
+}
+
+}  // namespace
+
+bool hopper_takes(const Params& p) {
+  const Kernels wanted = wanted_kernels();
+  const int64_t blocks = p.N * p.HQ, at_once = hopper_multiprocessors();
+  if (!at_once || wanted == Kernels::portable || p.math == Math::exact) return false;
+  if (!(p.q.dtype == DType::bf16 || p.q.dtype == DType::f16) || p.K != p.V || !(p.K == 64 || p.K == 128) || p.M > kSlots || p.M % 8) return false;
+  if (!(aligned(p.q) && aligned(p.k) && aligned(p.v) && pairs(p, p.g) && pairs(p, p.s))) return false;
+  // A block walks over a whole sequence: with few of them the portable kernels, which cut it into chunks, use more of the GPU.
+  return wanted == Kernels::hopper || blocks * 10 >= ceil_div(blocks, at_once) * at_once * 7;
+}
+
+void hopper_forward(const ForwardParams& p, void* boundary) {
+  select_hopper(p, [&]<class E, int D>() {
+    launch("hopper_forward", forward_kernel<E, D>, p.N * p.HQ, 512, sizeof(ForwardShared<E, D>), p.stream, p, static_cast<E*>(boundary));
+  });
+}
+
+}  // namespace gsa::cuda

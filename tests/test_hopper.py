@@ -1,0 +1,130 @@
+"""The fused kernels for Hopper at shapes that GSA_KERNELS=hopper sends to them; by themselves they take only what fills the GPU."""
+
+import itertools
+
+import pytest
+import torch
+
+from gsa_ext import chunk_gsa, testing
+from gsa_ext.testing import check, make_inputs
+
+pytestmark = pytest.mark.usefixtures("poisoned", "hopper")
+
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+@pytest.fixture
+def hopper(cuda, monkeypatch):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("not a Hopper GPU")
+    monkeypatch.setenv("GSA_KERNELS", "hopper")
+
+
+def kernels_of(f) -> set[str]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        f()
+        torch.cuda.synchronize()
+    return {event.name for event in profile.events() if "kernel" in event.name or "chunk" in event.name}
+
+
+def test_the_environment_decides(cuda, monkeypatch):
+    """Few heads go to the portable kernels, many to these; GSA_KERNELS overrules it."""
+    few, many = make_inputs(1, 64, 2, dtype=BF16, device=cuda), make_inputs(4, 64, 33, dtype=BF16, device=cuda)
+
+    def fused(x):
+        return any("forward_kernel" in name for name in kernels_of(lambda: chunk_gsa(**x)))
+
+    assert fused(few) and fused(many)
+    monkeypatch.setenv("GSA_KERNELS", "portable")
+    assert not fused(few) and not fused(many)
+    monkeypatch.delenv("GSA_KERNELS")
+    assert not fused(few) and fused(many)
+
+
+@pytest.mark.parametrize("gate", ["zero", 8.0, 1.0, 0.1, "mixed", "-40", "-inf"])
+@pytest.mark.parametrize("mode", ["coupled", "given"])
+@pytest.mark.parametrize("dtype,D", [(BF16, 64), (BF16, 128), (FP16, 64)])
+def test_gates(dtype, D, mode, gate, cuda):
+    check(chunk_gsa, make_inputs(1, 150, 2, 1, D, D, 32, mode=mode, gate=gate, dtype=dtype, device=cuda, initial_state=True))
+
+
+@pytest.mark.parametrize("T", [1, 63, 64, 65, 300])
+@pytest.mark.parametrize("M", [8, 40, 64])
+def test_lengths_and_slots(T, M, cuda):
+    check(chunk_gsa, make_inputs(2, T, 2, 2, 64, 64, M, mode="given", dtype=BF16, device=cuda, initial_state=True))
+
+
+@pytest.mark.parametrize("r", [1, 2, 4])
+@pytest.mark.parametrize("mode", ["coupled", "given", "abc"])
+@pytest.mark.parametrize("state", [False, True, "broadcast"])
+def test_packed(state, mode, r, cuda):
+    lengths = [0, 1, 40, 0, 0, 64, 17, 130, 0]
+    check(chunk_gsa, make_inputs(lengths=lengths, HQ=2 * r, H=2, K=128, V=128, M=16, mode=mode, gate=1.0, dtype=BF16, device=cuda, initial_state=state))
+
+
+@pytest.mark.parametrize("tau", testing.PEER)
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_figures_of_the_best_published_kernels(dtype, tau, cuda):
+    x = make_inputs(1, 512, 2, 2, 128, 128, 64, gate=tau, mode="given", dtype=dtype, device=cuda)
+    x["s"] = -torch.expm1(x["g"].float()).to(x["s"])
+    check(chunk_gsa, x, allowed=testing.PEER[tau])
+
+
+def test_wide_gates_beside_narrow_inputs(cuda):
+    for mode in ("coupled", "given", "abc"):
+        check(chunk_gsa, make_inputs(1, 70, 2, 1, 64, 64, 16, mode=mode, dtype=BF16, gate_dtype=torch.float32, initial_state=True, device=cuda))
+
+
+def test_same_bits_again_and_at_any_checkpoint_level(cuda):
+    for gate in (8.0, 0.1):
+        x = make_inputs(2, 200, 4, 2, 128, 128, 64, gate=gate, dtype=BF16, device=cuda, initial_state=True)
+        runs = [testing.results(lambda **y: chunk_gsa(**y, checkpoint_level=level), x) for level in (2, 2, 0)]  # noqa: B023
+        for name, other in itertools.product(runs[0], runs[1:]):
+            assert torch.equal(runs[0][name], other[name]), name
+
+
+def test_slices_of_a_fused_projection(cuda):
+    """q, k, v as slices of one tensor give the bits of tensors of their own; a cotangent at an odd address too."""
+    x = make_inputs(2, 100, 2, 2, 64, 64, 32, dtype=BF16, device=cuda)
+    fused = torch.cat([x[name] for name in "qkv"], -1)
+    views = dict(zip("qkv", fused.split(64, -1), strict=True))
+    assert torch.equal(chunk_gsa(**x)[0], chunk_gsa(**{**x, **views})[0])
+    q = x["q"].clone().requires_grad_()
+    o, _ = chunk_gsa(**{**x, "q": q})
+    cotangent = torch.randn(o.numel() + 1, device=cuda, dtype=BF16)
+    (odd,) = torch.autograd.grad(o, q, cotangent[1:].view_as(o), retain_graph=True)
+    (even,) = torch.autograd.grad(o, q, cotangent[1:].clone().view_as(o))
+    assert torch.equal(odd, even)
+
+
+def test_nothing_leaks_between_packed_sequences(cuda):
+    x = make_inputs(lengths=[70, 50, 80], HQ=2, H=2, K=64, V=64, M=16, dtype=BF16, device=cuda)
+    want = chunk_gsa(**x)[0]
+    for name in "qkv":
+        y = {**x, name: x[name].clone()}
+        y[name][:, 75:90] = float("nan")
+        o = chunk_gsa(**y)[0]
+        assert torch.equal(o[:, :70], want[:, :70]) and torch.equal(o[:, 120:], want[:, 120:]) and o[:, 75:90].isnan().any()
+
+
+@pytest.mark.parametrize("r", [1, 4])
+@pytest.mark.parametrize("mode", ["coupled", "abc"])
+def test_pool(mode, r, cuda):
+    """A group's query heads all start from the state that one of them writes: bits as without a pool, again and again; no other row is touched."""
+    sizes = {"HQ": 8 * r, "H": 8, "K": 64, "V": 64, "M": 64, "mode": mode, "dtype": BF16, "device": cuda}
+    x = make_inputs(lengths=[70, 9, 1, 130, 64] * 8, **sizes)
+    N, P = 40, 50
+    states = make_inputs(P, 1, **sizes, initial_state=True)["initial_state"]
+    where = torch.randperm(P, device=cuda)[:N]
+    where[[1, 7]] = -1
+    live = where >= 0
+    for _ in range(5):
+        pool = tuple(t.clone() for t in states)
+        o, _ = chunk_gsa(**x, initial_state=pool, state_indices=where)
+        start = tuple(t[where.clamp(min=0)] for t in states)
+        want, final = chunk_gsa(**x, initial_state=start, output_final_state=True)
+        tokens = torch.repeat_interleave(live, x["cu_seqlens"].diff())
+        assert torch.equal(o[:, tokens], want[:, tokens]) and o[:, ~tokens].eq(0).all()
+        for new, old, expected in zip(pool, states, final):
+            reached = torch.zeros(P, dtype=torch.bool, device=cuda).index_fill(0, where[live], True)
+            assert torch.equal(new[where[live]], expected[live]) and torch.equal(new[~reached], old[~reached])
