@@ -30,7 +30,10 @@ using AbcSignature = Three(const Tensor&, const OptTensor&, const OptTensor&, bo
 using AbcBackwardSignature = Two(const Tensor&, const Tensor&, const OptTensor&, const Tensor&, const Tensor&, const Tensor&, const OptTensor&,
                                  const OptTensor&, bool);
 using StepSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptTensor&, const OptTensor&, Tensor, Tensor, const OptTensor&, OptDouble,
-                             const OptTensor&);
+                             const OptTensor&, const OptTensor&, double, const OptTensor&, const OptTensor&, bool, bool);
+
+using PrefillSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptTensor&, const OptTensor&, Tensor, Tensor, const OptTensor&, OptDouble,
+                                const Tensor&, const OptTensor&, bool, bool);
 
 template <class Signature>
 auto find(const char* name) {
@@ -186,11 +189,33 @@ Two abc_gates_backward(const Tensor& ds, const Tensor& dg, const OptTensor& dz, 
   return {r[0], r[1]};
 }
 
-// ------------------------------------------------------------------------------------------------------------ step
+// ------------------------------------------------------------------------------------------------------------ prefill, step
 
-// Decoding has no gradient: it writes the states in place.
+void written(const Tensor& hk, const Tensor& hv, const OptTensor& z) {
+  torch::autograd::increment_version(hk);
+  torch::autograd::increment_version(hv);
+  if (z) torch::autograd::increment_version(*z);
+}
+
+// These two have no gradient: they write the states in place.
+Tensor prefill(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const OptTensor& g, Tensor hk, Tensor hv, const OptTensor& z,
+               OptDouble scale, const Tensor& state_indices, const OptTensor& cu, bool exact, bool reverse) {
+  TORCH_CHECK(!any_requires_grad(q, k, v, s, g, hk, hv, z),
+              "state_indices: grad mode is on and an input or state requires grad, but the states of a pool are written in place and have no backward; "
+              "leave state_indices out and give each sequence its initial_state, or call it under torch.no_grad()");
+  Tensor o;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    static auto op = find<PrefillSignature>("gsa::prefill");
+    o = op.call(q, k, v, s, g, hk, hv, z, scale, state_indices, cu, exact, reverse);
+  }
+  written(hk, hv, z);
+  return o;
+}
+
 Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const OptTensor& g, Tensor hk, Tensor hv, const OptTensor& z,
-            OptDouble scale, const OptTensor& state_indices) {
+            OptDouble scale, const OptTensor& state_indices, const OptTensor& mask, double gate_normalizer, const OptTensor& cos, const OptTensor& sin,
+            bool silu_qk, bool silu_v) {
   TORCH_CHECK(!any_requires_grad(q, k, v, s, g, hk, hv, z),
               "gsa_step: grad mode is on and an input or state requires grad, but the step writes the states in place and has no backward; "
               "use fused_recurrent_gsa, or call it under torch.no_grad()");
@@ -198,11 +223,9 @@ Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& 
   {
     const at::AutoDispatchBelowADInplaceOrView below;
     static auto op = find<StepSignature>("gsa::step");
-    o = op.call(q, k, v, s, g, hk, hv, z, scale, state_indices);
+    o = op.call(q, k, v, s, g, hk, hv, z, scale, state_indices, mask, gate_normalizer, cos, sin, silu_qk, silu_v);
   }
-  torch::autograd::increment_version(hk);
-  torch::autograd::increment_version(hv);
-  if (z) torch::autograd::increment_version(*z);
+  written(hk, hv, z);
   return o;
 }
 
@@ -214,6 +237,7 @@ TORCH_LIBRARY_IMPL(gsa, Autograd, m) {
   m.impl("abc_gates", abc_gates);
   m.impl("chunk_backward", chunk_backward);
   m.impl("abc_gates_backward", abc_gates_backward);
+  m.impl("prefill", prefill);
   m.impl("step", step);
 }
 

@@ -60,6 +60,33 @@ void check_state(const char* name, const Tensor& x, const Tensor& q, bool allow_
   check_device(name, x, q);
 }
 
+// A pool of states that is updated in place.
+struct PoolNames {
+  const char *all, *hk, *hv, *z;
+};
+void check_pool(const PoolNames& name, const Shape& d, const Tensor& q, const Tensor& hk, const Tensor& hv, const OptTensor& z, bool abc, bool allow_bf16) {
+  const Sym P = hk.sym_size(0);
+  check_shape(name.hk, hk, "[P, H, K, M]", {P, d.H, d.K, d.M});
+  check_shape(name.hv, hv, "[P, H, M, V]", {P, d.H, d.M, d.V});
+  check_state(name.hk, hk, q, allow_bf16);
+  check_state(name.hv, hv, q, allow_bf16);
+  TORCH_CHECK_TYPE(hk.scalar_type() == hv.scalar_type(), name.all, ": Hk is ", hk.scalar_type(), " and Hv ", hv.scalar_type(), ": use one dtype");
+  TORCH_CHECK_VALUE(hk.is_contiguous() && hv.is_contiguous(), name.all,
+                    ": Hk and Hv are updated in place and must be contiguous; call .contiguous() once when the state is made");
+  if (!abc) return;
+  TORCH_CHECK_VALUE(z, name.all, ": ABC (g is None) needs (Hk, Hv, z), z is missing; take it from the final state that was handed over");
+  check_shape(name.z, *z, "[P, H, M]", {P, d.H, d.M});
+  check_state(name.z, *z, q, allow_bf16);
+  TORCH_CHECK_TYPE(z->scalar_type() == hk.scalar_type(), name.all, ": Hk is ", hk.scalar_type(), " and z ", z->scalar_type(), ": use one dtype");
+  TORCH_CHECK_VALUE(z->is_contiguous(), name.all, ": z is updated in place and must be contiguous");
+}
+
+void check_state_indices(const Tensor& i, const Tensor& q, const char* letters, const Sym& N) {
+  TORCH_CHECK_TYPE(i.scalar_type() == at::kInt || i.scalar_type() == at::kLong, "state_indices: expected dtype int32 or int64, given ", i.scalar_type());
+  check_shape("state_indices", i, letters, {N});
+  check_device("state_indices", i, q);
+}
+
 void check_heads(const Sym& HQ, const Sym& H) {
   TORCH_CHECK_VALUE(H > 0 && HQ > 0 && HQ % H == 0, "q has ", HQ, " heads and k has ", H, ": query heads must be a multiple of key/value heads");
 }
@@ -146,7 +173,8 @@ Shape check_abc(const Tensor& e, const OptTensor& z0, const OptTensor& cu_seqlen
 }
 
 Shape check_step(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const OptTensor& g, const Tensor& hk, const Tensor& hv,
-                 const OptTensor& z, const OptTensor& state_indices) {
+                 const OptTensor& z, const OptTensor& state_indices, const OptTensor& mask, double gate_normalizer, const OptTensor& cos,
+                 const OptTensor& sin) {
   TORCH_CHECK_VALUE(s || g, "s and g are both None: give g (coupled write s = 1 - exp(g)), s (ABC: raw slot logits), or both");
   const Tensor& gate = g ? *g : *s;
   check_rank("q", q, 3, "[B, HQ, K]");
@@ -164,28 +192,37 @@ Shape check_step(const Tensor& q, const Tensor& k, const Tensor& v, const OptTen
   check_limits(q, d.K, d.V, d.M);
   check_rank("state Hk", hk, 4, "[P, H, K, M]");
   d.N = hk.sym_size(0);
-  check_shape("state Hk", hk, "[P, H, K, M]", {d.N, d.H, d.K, d.M});
-  check_shape("state Hv", hv, "[P, H, M, V]", {d.N, d.H, d.M, d.V});
-  check_state("state Hk", hk, q, true);
-  check_state("state Hv", hv, q, true);
-  TORCH_CHECK_TYPE(hk.scalar_type() == hv.scalar_type(), "state: Hk is ", hk.scalar_type(), " and Hv ", hv.scalar_type(), ": use one dtype");
-  TORCH_CHECK_VALUE(hk.is_contiguous() && hv.is_contiguous(),
-                    "state: Hk and Hv are updated in place and must be contiguous; call .contiguous() once when the state is made");
-  if (!g) {
-    TORCH_CHECK_VALUE(z, "state: ABC (g is None) needs (Hk, Hv, z), z is missing; take it from the final state that was handed over");
-    check_shape("state z", *z, "[P, H, M]", {d.N, d.H, d.M});
-    check_state("state z", *z, q, true);
-    TORCH_CHECK_TYPE(z->scalar_type() == hk.scalar_type(), "state: Hk is ", hk.scalar_type(), " and z ", z->scalar_type(), ": use one dtype");
-    TORCH_CHECK_VALUE(z->is_contiguous(), "state: z is updated in place and must be contiguous");
+  check_pool({"state", "state Hk", "state Hv", "state z"}, d, q, hk, hv, z, !g, true);
+  if (state_indices) check_state_indices(*state_indices, q, "[B]", d.B);
+  else TORCH_CHECK_VALUE(d.N == d.B, "state: expected P = B = ", d.B, " rows, given ", d.N, "; pass state_indices to use a pool");
+  if (mask) {
+    TORCH_CHECK_TYPE(mask->scalar_type() == at::kBool, "mask: expected dtype bool, given ", mask->scalar_type());
+    check_shape("mask", *mask, "[B]", {d.B});
+    check_device("mask", *mask, q);
   }
-  if (state_indices) {
-    const Tensor& i = *state_indices;
-    TORCH_CHECK_TYPE(i.scalar_type() == at::kInt || i.scalar_type() == at::kLong, "state_indices: expected dtype int32 or int64, given ", i.scalar_type());
-    check_shape("state_indices", i, "[B]", {d.B});
-    check_device("state_indices", i, q);
-  } else {
-    TORCH_CHECK_VALUE(d.N == d.B, "state: expected P = B = ", d.B, " rows, given ", d.N, "; pass state_indices to use a pool");
+  TORCH_CHECK_VALUE(gate_normalizer == 0 || (gate_normalizer > 0 && g), "gate_normalizer: expected a positive number and g, its logits, or 0, given ",
+                    gate_normalizer, g ? "" : " and no g");
+  TORCH_CHECK_VALUE(cos.has_value() == sin.has_value(), "cos, sin: expected both or neither");
+  for (const auto& [name, x] : {std::pair("cos", &cos), std::pair("sin", &sin)}) {
+    if (!*x) continue;
+    const Tensor& t = **x;
+    check_rank(name, t, 2, "[B or 1, rotary]");
+    TORCH_CHECK_VALUE((t.sym_size(0) == d.B || t.sym_size(0) == 1) && t.sym_size(1) % 2 == 0 && t.sym_size(1) <= d.K, name,
+                      ": expected shape [B or 1, rotary] with an even number of at most K = ", d.K, " components, given ", t.sym_sizes());
+    TORCH_CHECK_TYPE(t.scalar_type() == q.scalar_type(), name, ": expected q's dtype ", q.scalar_type(), ", given ", t.scalar_type());
+    check_device(name, t, q);
   }
+  if (cos) check_shape("sin", *sin, "[B or 1, rotary]", {cos->sym_size(0), cos->sym_size(1)});
+  return d;
+}
+
+Shape check_prefill(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const OptTensor& g, const Tensor& hk, const Tensor& hv,
+                    const OptTensor& z, const Tensor& state_indices, const OptTensor& cu_seqlens) {
+  TORCH_CHECK_VALUE(s || g, "s and g are both None: give g (coupled write s = 1 - exp(g)), s (ABC: raw slot logits), or both");
+  const Shape d = check_sequence(q, k, v, g ? s : std::nullopt, g ? *g : *s, std::nullopt, std::nullopt, cu_seqlens);
+  check_rank("initial_state Hk", hk, 4, "[P, H, K, M]");
+  check_pool({"initial_state", "initial_state Hk", "initial_state Hv", "initial_state z"}, d, q, hk, hv, z, !g, false);
+  check_state_indices(state_indices, q, "[N]", d.N);
   return d;
 }
 
@@ -206,7 +243,7 @@ void check_indices(const OptTensor& state_indices, int64_t P) {
   for (int64_t i = 0; i < c.numel(); ++i) {
     if (p[i] == -1) continue;
     TORCH_CHECK_VALUE(p[i] >= 0 && p[i] < P, "state_indices: expected -1 or rows 0 .. ", P - 1, " of the pool, given ", p[i], " at position ", i);
-    TORCH_CHECK_VALUE(!seen[p[i]], "state_indices: row ", p[i], " is given twice; a state can advance by one token only");
+    TORCH_CHECK_VALUE(!seen[p[i]], "state_indices: row ", p[i], " is given twice; a state belongs to one sequence");
     seen[p[i]] = true;
   }
 }

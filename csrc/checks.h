@@ -25,7 +25,10 @@ Shape check_sequence(const Tensor& q, const Tensor& k, const Tensor& v, const Op
                      const OptTensor& cu_seqlens);
 Shape check_abc(const Tensor& e, const OptTensor& z0, const OptTensor& cu_seqlens);
 Shape check_step(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const OptTensor& g, const Tensor& hk, const Tensor& hv,
-                 const OptTensor& z, const OptTensor& state_indices);
+                 const OptTensor& z, const OptTensor& state_indices, const OptTensor& mask, double gate_normalizer, const OptTensor& cos, const OptTensor& sin);
+
+Shape check_prefill(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const OptTensor& g, const Tensor& hk, const Tensor& hv,
+                    const OptTensor& z, const Tensor& state_indices, const OptTensor& cu_seqlens);
 
 // For real tensors only: contents, where they may be looked at.
 void check_lengths(const OptTensor& cu_seqlens, int64_t T);

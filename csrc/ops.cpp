@@ -104,6 +104,15 @@ Tensor workspace(Params& p, int64_t bytes, const Tensor& like) {
   return w;
 }
 
+void fill_abc(AbcParams& p, const Tensor& e, const Tensor& cu, bool reverse) {
+  p.B = e.size(0), p.T = e.size(1), p.N = cu.defined() ? cu.size(0) - 1 : e.size(0);
+  p.H = e.size(2), p.M = e.size(3);
+  p.reverse = reverse;
+  if (cu.defined()) p.cu_seqlens = cu.data_ptr(), p.cu_seqlens_64 = cu.scalar_type() == at::kLong;
+  p.e = view(e);
+  p.stream = stream_of(e);
+}
+
 // One name per kernel, whichever device. A build without CUDA answers CUDA tensors with a sentence.
 #ifdef GSA_WITH_CUDA
 #define GSA_CALL(like, call) ((like).is_cuda() ? cuda::call : cpu::call)
@@ -205,6 +214,50 @@ Three recurrent_meta(const Tensor& q, const Tensor& k, const Tensor& v, const Op
   return {o, hk, hv};
 }
 
+// ------------------------------------------------------------------------------------------------------------ prefill into a pool
+
+// chunk, or with `exact` recurrent: initial states from, final states to the rows of a pool. g nullopt: ABC. No gradients.
+Tensor prefill(const Tensor& q_, const Tensor& k_, const Tensor& v_, const OptTensor& s_, const OptTensor& g_, Tensor hk, Tensor hv, const OptTensor& z,
+               OptDouble scale, const Tensor& state_indices, const OptTensor& cu_, bool exact, bool reverse) {
+  check_prefill(q_, k_, v_, s_, g_, hk, hv, z, state_indices, cu_);
+  check_lengths(cu_, q_.size(1));
+  check_indices(state_indices, hk.size(0));
+  TORCH_CHECK_VALUE(exact || !reverse, "reverse: the chunked form goes forward only; use fused_recurrent_gsa");
+  const c10::DeviceGuard guard(q_.device());
+  const Tensor indices = state_indices.contiguous();
+  auto into_pool = [&](auto& p) { p.state_indices = indices.data_ptr(), p.indices_64 = indices.scalar_type() == at::kLong, p.P = hk.size(0); };
+  Tensor o = at::empty({q_.size(0), q_.size(1), q_.size(2), v_.size(3)}, q_.options());
+  if (o.numel() == 0 || indices.numel() == 0) return o.zero_();
+  Tensor s = s_.value_or(Tensor()), g = g_.value_or(Tensor());
+  if (!g_) {
+    const Tensor e = readable(*s_), cu = cu_ ? cu_->contiguous() : Tensor();
+    const auto states = q_.options().dtype(state_dtype(q_));
+    s = at::empty(e.sizes(), states), g = at::empty(e.sizes(), states);
+    AbcParams p;
+    fill_abc(p, e, cu, reverse);
+    into_pool(p);
+    p.z0 = p.zT = z->data_ptr();
+    p.s = view(s), p.g = view(g);
+    GSA_CALL(q_, abc_gates)(p);
+  }
+  const Inputs in(q_, k_, v_, s.defined() ? OptTensor(s) : std::nullopt, g, std::nullopt, std::nullopt, cu_);
+  ForwardParams p;
+  in.fill(p, scale, reverse, math_of(q_, exact));
+  into_pool(p);
+  p.hk0 = p.hkT = hk.data_ptr(), p.hv0 = p.hvT = hv.data_ptr();
+  p.o = view(o);
+  const Tensor w = workspace(p, exact ? GSA_CALL(q_, recurrent_workspace)(p) : GSA_CALL(q_, forward_workspace)(p), q_);
+  if (exact) GSA_CALL(q_, recurrent_forward)(p);
+  else GSA_CALL(q_, chunk_forward)(p);
+  return o;
+}
+
+Tensor prefill_meta(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const OptTensor& g, Tensor hk, Tensor hv, const OptTensor& z,
+                    OptDouble, const Tensor& state_indices, const OptTensor& cu, bool, bool) {
+  const Shape d = check_prefill(q, k, v, s, g, hk, hv, z, state_indices, cu);
+  return at::empty_symint({d.B, d.T, d.HQ, d.V}, q.options());
+}
+
 // ------------------------------------------------------------------------------------------------------------ backward of both
 
 // exact: the backward of the recurrent form, in fp32 whatever the inputs. Gradients come in the dtype of the input they belong to; those of
@@ -265,15 +318,6 @@ Seven chunk_backward_meta(const OptTensor&, const OptTensor&, const OptTensor&, 
 }
 
 // ------------------------------------------------------------------------------------------------------------ ABC gates
-
-void fill_abc(AbcParams& p, const Tensor& e, const Tensor& cu, bool reverse) {
-  p.B = e.size(0), p.T = e.size(1), p.N = cu.defined() ? cu.size(0) - 1 : e.size(0);
-  p.H = e.size(2), p.M = e.size(3);
-  p.reverse = reverse;
-  if (cu.defined()) p.cu_seqlens = cu.data_ptr(), p.cu_seqlens_64 = cu.scalar_type() == at::kLong;
-  p.e = view(e);
-  p.stream = stream_of(e);
-}
 
 Three abc_gates(const Tensor& e_, const OptTensor& z0_, const OptTensor& cu_, bool reverse) {
   const Shape d = check_abc(e_, z0_, cu_);
@@ -341,13 +385,14 @@ Two abc_gates_backward_meta(const Tensor&, const Tensor&, const OptTensor&, cons
 // ------------------------------------------------------------------------------------------------------------ step
 
 Tensor step(const Tensor& q_, const Tensor& k_, const Tensor& v_, const OptTensor& s_, const OptTensor& g_, Tensor hk, Tensor hv, const OptTensor& z,
-            OptDouble scale, const OptTensor& state_indices) {
-  check_step(q_, k_, v_, s_, g_, hk, hv, z, state_indices);
+            OptDouble scale, const OptTensor& state_indices, const OptTensor& mask_, double gate_normalizer, const OptTensor& cos_, const OptTensor& sin_,
+            bool silu_qk, bool silu_v) {
+  check_step(q_, k_, v_, s_, g_, hk, hv, z, state_indices, mask_, gate_normalizer, cos_, sin_);
   check_indices(state_indices, hk.size(0));
   const c10::DeviceGuard guard(q_.device());
   const Tensor q = readable(q_), k = readable(k_), v = readable(v_);
   const Tensor s = s_ ? gate_input(*s_, q_) : Tensor(), g = g_ ? gate_input(*g_, q_) : Tensor();
-  const Tensor indices = state_indices ? state_indices->contiguous() : Tensor();
+  const Tensor indices = state_indices ? state_indices->contiguous() : Tensor(), mask = mask_ ? mask_->contiguous() : Tensor();
   StepParams p;
   p.B = q.size(0), p.P = hk.size(0);
   p.HQ = q.size(1), p.H = k.size(1), p.K = q.size(2), p.V = v.size(2), p.M = hk.size(3);
@@ -359,6 +404,13 @@ Tensor step(const Tensor& q_, const Tensor& k_, const Tensor& v_, const OptTenso
   if (!g.defined()) p.z = z->data_ptr();
   p.state_dtype = dtype_of(hk.scalar_type());
   if (indices.defined()) p.state_indices = indices.data_ptr(), p.indices_64 = indices.scalar_type() == at::kLong;
+  if (mask.defined()) p.mask = mask.const_data_ptr<bool>();
+  const Tensor cos = cos_ ? readable(*cos_) : Tensor(), sin = sin_ ? readable(*sin_) : Tensor();
+  if (cos.defined()) {
+    p.cos = view(cos), p.sin = view(sin), p.rotary = cos.size(1);
+    if (cos.size(0) == 1) p.cos.batch = p.sin.batch = 0;
+  }
+  p.gate_normalizer = gate_normalizer, p.silu_qk = silu_qk, p.silu_v = silu_v;
   Tensor o = at::empty({p.B, p.HQ, p.V}, q_.options());
   p.o = view(o);
   p.stream = stream_of(q);
@@ -367,8 +419,8 @@ Tensor step(const Tensor& q_, const Tensor& k_, const Tensor& v_, const OptTenso
 }
 
 Tensor step_meta(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const OptTensor& g, Tensor hk, Tensor hv, const OptTensor& z, OptDouble,
-                 const OptTensor& state_indices) {
-  const Shape d = check_step(q, k, v, s, g, hk, hv, z, state_indices);
+                 const OptTensor& state_indices, const OptTensor& mask, double gate_normalizer, const OptTensor& cos, const OptTensor& sin, bool, bool) {
+  const Shape d = check_step(q, k, v, s, g, hk, hv, z, state_indices, mask, gate_normalizer, cos, sin);
   return at::empty_symint({d.B, d.HQ, d.V}, q.options());
 }
 
@@ -399,12 +451,22 @@ struct Autocast {
     const Tensor q = cast(q_);
     return op.call(q, cast(k), cast(v), gate(s, q), gate(g, q), scale, hk0, hv0, cu, output_final_state, reverse);
   }
+  static Tensor prefill(const Tensor& q_, const Tensor& k, const Tensor& v, const OptTensor& s, const OptTensor& g, Tensor hk, Tensor hv, const OptTensor& z,
+                        OptDouble scale, const Tensor& state_indices, const OptTensor& cu, bool exact, bool reverse) {
+    const Autocast disabled;
+    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("gsa::prefill", "").typed<decltype(gsa::prefill)>();
+    const Tensor q = cast(q_);
+    return op.call(q, cast(k), cast(v), gate(s, q), gate(g, q), hk, hv, z, scale, state_indices, cu, exact, reverse);
+  }
+  static OptTensor turned(const OptTensor& x) { return x ? OptTensor(cast(*x)) : x; }
   static Tensor step(const Tensor& q_, const Tensor& k, const Tensor& v, const OptTensor& s, const OptTensor& g, Tensor hk, Tensor hv, const OptTensor& z,
-                     OptDouble scale, const OptTensor& state_indices) {
+                     OptDouble scale, const OptTensor& state_indices, const OptTensor& mask, double gate_normalizer, const OptTensor& cos_,
+                     const OptTensor& sin_, bool silu_qk, bool silu_v) {
     const Autocast disabled;
     static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("gsa::step", "").typed<decltype(gsa::step)>();
     const Tensor q = cast(q_);
-    return op.call(q, cast(k), cast(v), gate(s, q), gate(g, q), hk, hv, z, scale, state_indices);
+    return op.call(q, cast(k), cast(v), gate(s, q), gate(g, q), hk, hv, z, scale, state_indices, mask, gate_normalizer, turned(cos_), turned(sin_), silu_qk,
+                   silu_v);
   }
 };
 
@@ -412,6 +474,7 @@ template <at::DeviceType device>
 void register_autocast(torch::Library& m) {
   m.impl("chunk", Autocast<device>::chunk);
   m.impl("recurrent", Autocast<device>::recurrent);
+  m.impl("prefill", Autocast<device>::prefill);
   m.impl("step", Autocast<device>::step);
 }
 
@@ -421,6 +484,7 @@ void register_kernels(torch::Library& m) {
   m.impl("chunk_backward", chunk_backward);
   m.impl("abc_gates", abc_gates);
   m.impl("abc_gates_backward", abc_gates_backward);
+  m.impl("prefill", prefill);
   m.impl("step", step);
 }
 
@@ -446,8 +510,14 @@ TORCH_LIBRARY(gsa, m) {
       "abc_gates_backward(Tensor ds, Tensor dg, Tensor? dz, Tensor e, Tensor s, Tensor g, Tensor? z0, Tensor? cu_seqlens, bool reverse) -> (Tensor de, Tensor "
       "dz0)",
       tags);
-  m.def("step(Tensor q, Tensor k, Tensor v, Tensor? s, Tensor? g, Tensor(a!) hk, Tensor(b!) hv, Tensor(c!)? z, float? scale, Tensor? state_indices) -> Tensor",
-        tags);
+  m.def(
+      "prefill(Tensor q, Tensor k, Tensor v, Tensor? s, Tensor? g, Tensor(a!) hk, Tensor(b!) hv, Tensor(c!)? z, float? scale, Tensor state_indices, "
+      "Tensor? cu_seqlens, bool exact, bool reverse) -> Tensor",
+      tags);
+  m.def(
+      "step(Tensor q, Tensor k, Tensor v, Tensor? s, Tensor? g, Tensor(a!) hk, Tensor(b!) hv, Tensor(c!)? z, float? scale, Tensor? state_indices, "
+      "Tensor? mask=None, float gate_normalizer=0., Tensor? cos=None, Tensor? sin=None, bool silu_qk=False, bool silu_v=False) -> Tensor",
+      tags);
 }
 
 TORCH_LIBRARY_IMPL(gsa, CPU, m) { register_kernels(m); }
@@ -459,6 +529,7 @@ TORCH_LIBRARY_IMPL(gsa, Meta, m) {
   m.impl("chunk_backward", chunk_backward_meta);
   m.impl("abc_gates", abc_gates_meta);
   m.impl("abc_gates_backward", abc_gates_backward_meta);
+  m.impl("prefill", prefill_meta);
   m.impl("step", step_meta);
 }
 

@@ -40,6 +40,12 @@ struct Params {
   const void* hv0 = nullptr;          // [N or 1, H, M, V]
   bool h0_broadcast = false;          // the leading dimension of hk0 and hv0 is 1: every sequence starts from the same state
 
+  // A pool: hk0 = hkT and hv0 = hvT have P rows, and sequence n has row state_indices[n]. -1 (and anything out of range): padding, a sequence that
+  // the kernels take for empty and that has no state; its o is 0. nullptr: row n.
+  const void* state_indices = nullptr;  // [N]
+  bool indices_64 = false;
+  int64_t P = 0;
+
   // Boundary states: the states before each chunk of chunk_length() tokens of each sequence, [slots, H, K + V, M]: rows 0..K-1 are Hk,
   // rows K..K+V-1 are Hv transposed. Type: q's dtype, or fp32 under Math::exact. nullptr: not kept (forward) / to be recomputed (backward).
   void* boundary = nullptr;
@@ -75,6 +81,12 @@ struct StepParams {
   DType state_dtype = DType::f32;     // f32, bf16; f64 when q is f64
   const void* state_indices = nullptr;  // [B]: the row of the pool; -1 (and anything out of range): o = 0, no state changes. nullptr: row b
   bool indices_64 = false;
+  // What a layer does to its projections before anything else; each result is rounded to q's dtype, as its own kernel would leave it.
+  const bool* mask = nullptr;         // [B]: where false, as state_indices -1
+  double gate_normalizer = 0;         // not 0: g holds logits, and the log gate is logsigmoid(g) / gate_normalizer, in fp32
+  View cos, sin;                      // [B or 1, rotary], strides batch alone: the first `rotary` components of q and k are rotated, halves together
+  int32_t rotary = 0;
+  bool silu_qk = false, silu_v = false;  // then, q and k (v) are silu of what is given
   View o;                             // [B, HQ, V]
   void* stream = nullptr;
 };
@@ -88,6 +100,9 @@ struct AbcParams {
   bool cu_seqlens_64 = false;
   View e;                             // [B, T, H, M]
   const void* z0 = nullptr;           // [N, H, M] fp32 (fp64); nullptr: -inf, and the first write of a slot has g = 0
+  const void* state_indices = nullptr;  // [N], a pool of P rows z0 = zT, as in Params
+  bool indices_64 = false;
+  int64_t P = 0;
   View s, g;                          // forward: written, fp32 (fp64); backward: read
   void* zT = nullptr;                 // [N, H, M] written
   // backward

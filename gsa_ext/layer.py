@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gsa_ext.ops import chunk_gsa, gsa_step
+from gsa_ext.ops import chunk_gsa
 
 
 class SlotState:
@@ -155,46 +156,80 @@ def token_mask(attention_mask: Tensor, batch: int, tokens: int, seen: int = 0) -
     return attention_mask[:, attention_mask.shape[1] - tokens:].bool()
 
 
+class Rotary(NamedTuple):
+    """A rotation of q and k, not yet applied: their first n components by ``x cos + (-x2, x1) sin``, where x1 and x2 are the halves of x."""
+
+    cos: Tensor                             # [B or 1, T, n]
+    sin: Tensor
+    apply: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]      # q, k -> q, k: the same, wherever it is not done inside a kernel
+
+    def in_kernel(self, q: Tensor) -> bool:
+        return self.cos.ndim == 3 and self.cos.dtype == q.dtype and self.cos.shape[-1] % 2 == 0
+
+
 def slot_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    g: Tensor,
+    gate_logits: Tensor,
+    gate_normalizer: float,
     scale: float | None = None,
     mask: Tensor | None = None,
     state: SlotState | None = None,
     cu_seqlens: Tensor | None = None,
+    silu_qk: bool = False,
+    silu_v: bool = False,
+    rotary: Rotary | None = None,
 ) -> Tensor:
     """Gated Slot Attention with a coupled write, padding, and a state that is carried on: what every GSA layer does between its projections.
+    A single token with a state is one kernel.
 
     Args:
-        q: ``[B, T, HQ, K]``; k: ``[B, T, H, K]``; v: ``[B, T, H, V]``; g: log gates ``[B, T, H, M]``, fp32.
+        q: ``[B, T, HQ, K]``; k: ``[B, T, H, K]``; v: ``[B, T, H, V]``; gate_logits: ``[B, T, H, M]``, for gates :func:`log_gate` of it and ``gate_normalizer``.
         scale: factor on the slot logits, None for ``K ** -0.5``.
         mask: bool ``[B, T]``, False at padding: such a token leaves the slots as they are, bit for bit.
         state: read and replaced by the state after the last token. It carries no gradient.
         cu_seqlens: ``[N + 1]``, packed sequences (B = 1). With a state, which must be fresh, the last sequence's is kept.
+        silu_qk, silu_v: silu on q and k, on v.
+        rotary: what is done to q and k before that.
 
     Returns:
         ``[B, T, HQ, V]`` in q's dtype. At padding its values are finite and mean nothing.
     """
-    if mask is not None:
-        g = g.masked_fill(~mask[:, :, None, None], 0.0)              # and so s = 1 - exp(0) = 0
-    if state is None:
-        return chunk_gsa(q, k, v, None, g, scale, cu_seqlens=cu_seqlens)[0]
-    if cu_seqlens is not None and state.slots is not None:
+    if cu_seqlens is not None and state is not None and state.slots is not None:
         raise ValueError("packed sequences cannot continue a cache that holds tokens; start from an empty cache, or pass the sequences one by one")
-    if q.shape[1] == 1 and cu_seqlens is None and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, g))):
+    T, gradients = q.shape[1], torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, gate_logits))
+    if T == 1 and state is not None and cu_seqlens is None and not gradients:
         if state.slots is None:
-            (B, _, H, K), V, M = k.shape, v.shape[-1], g.shape[-1]
+            (B, _, H, K), V, M = k.shape, v.shape[-1], gate_logits.shape[-1]
             dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
             state.slots = (q.new_zeros(B, H, K, M, dtype=dtype), q.new_zeros(B, H, M, V, dtype=dtype))
-        o = gsa_step(q[:, 0], k[:, 0], v[:, 0], None, g[:, 0], state.slots, scale)[:, None]
-    else:
-        o, final = chunk_gsa(q, k, v, None, g, scale, initial_state=state.slots, output_final_state=True, cu_seqlens=cu_seqlens)
-        assert final is not None
-        hk, hv = (x.detach() for x in final)
-        state.slots = (hk, hv) if cu_seqlens is None else (hk[-1:].clone(), hv[-1:].clone())
-    state.seen += q.shape[1]
+        token, cos, sin = None if mask is None else mask[:, 0], None, None
+        if rotary is not None and rotary.in_kernel(q):
+            cos, sin = rotary.cos[:, 0], rotary.sin[:, 0]
+        elif rotary is not None:
+            q, k = rotary.apply(q, k)
+        o = torch.ops.gsa.step(
+            q[:, 0], k[:, 0], v[:, 0], None, gate_logits[:, 0], *state.slots, None, scale, None, token, gate_normalizer, cos, sin, silu_qk, silu_v)
+        state.seen += 1
+        return o[:, None]
+
+    if rotary is not None:
+        q, k = rotary.apply(q, k)
+    g = log_gate(gate_logits, gate_normalizer)
+    if mask is not None:
+        g = g.masked_fill(~mask[:, :, None, None], 0.0)              # and so s = 1 - exp(0) = 0
+    if silu_qk:
+        q, k = F.silu(q), F.silu(k)
+    if silu_v:
+        v = F.silu(v)
+    if state is None:
+        return chunk_gsa(q, k, v, None, g, scale, cu_seqlens=cu_seqlens)[0]
+    o, final = chunk_gsa(q, k, v, None, g, scale, initial_state=state.slots, output_final_state=True, cu_seqlens=cu_seqlens)
+    assert final is not None
+    hk, hv = (x.detach() for x in final)
+    state.slots = (hk, hv) if cu_seqlens is None else (hk[-1:].clone(), hv[-1:].clone())
+    state.seen += T
     return o
 
 
@@ -374,12 +409,15 @@ class GatedSlotAttention(nn.Module):
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         if self.use_short_conv:
             q, k, v = self._convolve((q, k, v), state, mask, cu_seqlens)
-        q = self.feature_map(q.unflatten(-1, (self.num_heads, self.head_k_dim)))
-        k = self.feature_map(k.unflatten(-1, (self.num_kv_heads, self.head_k_dim)))
-        v = F.silu(v.unflatten(-1, (self.num_kv_heads, self.head_v_dim)))
-        g = log_gate(self.f_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.num_slots)), self.gate_logit_normalizer)
+        q = q.unflatten(-1, (self.num_heads, self.head_k_dim))
+        k = k.unflatten(-1, (self.num_kv_heads, self.head_k_dim))
+        v = v.unflatten(-1, (self.num_kv_heads, self.head_v_dim))
+        swish = isinstance(self.feature_map, nn.SiLU)
+        if not swish:
+            q, k = self.feature_map(q), self.feature_map(k)
+        gate_logits = self.f_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.num_slots))
 
-        o = slot_attention(q, k, v, g, self.scale, mask, state, cu_seqlens).flatten(-2)
+        o = slot_attention(q, k, v, gate_logits, self.gate_logit_normalizer, self.scale, mask, state, cu_seqlens, swish, True).flatten(-2)
         y = self.o_proj(self.g_norm(F.silu(o)))
         if order is not None:
             y = torch.empty_like(y).scatter(1, order[..., None].expand_as(y), y)

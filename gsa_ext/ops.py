@@ -27,6 +27,7 @@ def chunk_gsa(
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
     chunk_size: int | None = None,
+    state_indices: Tensor | None = None,
 ) -> tuple[Tensor, State | None]:
     """Gated Slot Attention over whole sequences in the chunked parallel form: the op to train with.
 
@@ -50,12 +51,18 @@ def chunk_gsa(
             to the host; contents are checked when they are on the CPU, or anywhere after :func:`gsa_ext.set_checks`.
         cu_seqlens_cpu: accepted for compatibility; where given, its contents are checked.
         chunk_size: accepted for compatibility (a power of two); the kernels choose their own.
+        state_indices: ``[N]`` int32 or int64, on q's device: ``initial_state`` is a pool of P states, ``(Hk [P, H, K, M], Hv [P, H, M, V])`` (in ABC z
+            too), contiguous, of which sequence n has row ``state_indices[n]``, no row twice. It starts from what is there, and its state after the last
+            token is written there, **in place**; no other row is touched. A new sequence wants a row of zeros (in ABC z of -inf). -1: padding, whose
+            o is 0, whatever its tokens hold, and which changes no state. So prompts, parts of prompts and single tokens can share one packed batch,
+            and :func:`gsa_step` goes on with the same pool. No gradients.
 
     Returns:
-        ``(o [B, T, HQ, V] in q's dtype, final_state or None)``.
+        ``(o [B, T, HQ, V] in q's dtype, final_state or None)``. With ``state_indices`` the final state is ``initial_state`` itself, the pool.
 
     Raises:
-        ValueError: a shape, value or combination that does not fit. TypeError: a dtype. RuntimeError: devices, or a build without CUDA.
+        ValueError: a shape, value or combination that does not fit. TypeError: a dtype. RuntimeError: devices, a build without CUDA, or
+        ``state_indices`` with grad mode on and an input that requires grad.
 
     Source: arXiv 2409.07146, eq. 6 and section 3.2; ABC: arXiv 2110.02488.
     """
@@ -63,6 +70,8 @@ def chunk_gsa(
         _check_host_lengths(cu_seqlens_cpu, q)
     if chunk_size is not None and (chunk_size <= 0 or chunk_size & (chunk_size - 1)):
         raise ValueError(f"chunk_size: expected a power of two, given {chunk_size}")
+    if state_indices is not None:
+        return _prefill(q, k, v, s, g, scale, initial_state, output_final_state, cu_seqlens, state_indices, False, False)
     hk0, hv0, z0 = _unpack(initial_state, g)
     if g is not None:
         o, hk, hv, _ = _ops.chunk(q, k, v, s, g, scale, hk0, hv0, cu_seqlens, output_final_state, checkpoint_level)
@@ -83,6 +92,7 @@ def fused_recurrent_gsa(
     output_final_state: bool = False,
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
+    state_indices: Tensor | None = None,
 ) -> tuple[Tensor, State | None]:
     """Gated Slot Attention token by token, in fp32 (fp64) throughout: short sequences, and a check on the chunked form.
 
@@ -92,6 +102,8 @@ def fused_recurrent_gsa(
         reverse: visit the tokens of every sequence from last to first; the initial state enters at the last token, the final state leaves
             at the first.
     """
+    if state_indices is not None:
+        return _prefill(q, k, v, s, g, scale, initial_state, output_final_state, cu_seqlens, state_indices, True, reverse)
     hk0, hv0, z0 = _unpack(initial_state, g)
     if g is not None:
         o, hk, hv = _ops.recurrent(q, k, v, s, g, scale, hk0, hv0, cu_seqlens, output_final_state, reverse)
@@ -132,6 +144,19 @@ def gsa_step(
     if hk is None or hv is None:
         raise ValueError("state: expected (Hk, Hv), given None; start from zeros of shapes [P, H, K, M] and [P, H, M, V]")
     return _ops.step(q, k, v, s, g, hk, hv, z, scale, state_indices)
+
+
+def _prefill(
+    q: Tensor, k: Tensor, v: Tensor, s: Tensor | None, g: Tensor | None, scale: float | None, pool: State | None, output_final_state: bool,
+    cu_seqlens: Tensor | None, state_indices: Tensor, recurrent: bool, reverse: bool,
+) -> tuple[Tensor, State | None]:
+    hk, hv, z = _unpack(pool, g)
+    if hk is None or hv is None:
+        raise ValueError("initial_state: expected a pool of states, because there are state_indices, given None; "
+                         "make one of zeros, of shapes [P, H, K, M] and [P, H, M, V]")
+    if g is None:
+        s = _slot_logits(s, q, k)
+    return _ops.prefill(q, k, v, s, g, hk, hv, z, scale, state_indices, cu_seqlens, recurrent, reverse), (pool if output_final_state else None)
 
 
 def _unpack(state: Any, g: Tensor | None, name: str = "initial_state") -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -77,7 +77,7 @@ def cases_of_the_cpu():
 
 
 def pools(device):
-    """Steps on a pool of states: rows that are there, that are padding, and (on the GPU, unchecked) that do not exist."""
+    """Steps and prompts on a pool of states: rows that are there, that are padding, and (on the GPU, unchecked) that do not exist."""
     for dtype, state_dtype, mode in itertools.product((FP32, BF16), (FP32, BF16), ("given", "coupled", "abc")):
         if dtype == FP32 and state_dtype == BF16:
             continue
@@ -88,6 +88,18 @@ def pools(device):
             where = torch.tensor([6, -1, 0, 3, -1 if device == "cpu" else 99], dtype=index, device=device)
             o = gsa_step(**row, state=tuple(t.to(state_dtype) for t in pool), state_indices=where)
             assert o[[1, 4]].eq(0).all() and o[[0, 2, 3]].isfinite().all()
+            if mode == "coupled":
+                mask = torch.tensor([True, True, False, True, True], device=device)
+                hk, hv = (t.to(state_dtype) for t in pool)
+                turn = row["q"][:, 0, :12], row["q"][:, 1, :12]
+                o = torch.ops.gsa.step(row["q"], row["k"], row["v"], None, row["g"], hk, hv, None, None, where, mask, 8.0, *turn, True, True)
+                assert o[[1, 2, 4]].eq(0).all() and o[[0, 3]].isfinite().all()
+    for dtype, mode, op in itertools.product((FP32, BF16), ("given", "coupled", "abc"), (chunk_gsa, fused_recurrent_gsa)):
+        small = {"HQ": 4, "H": 2, "K": 20, "V": 36, "M": 10, "mode": mode, "dtype": dtype, "device": device}
+        pool = make_inputs(7, 1, **small, initial_state=True)["initial_state"]
+        where = torch.tensor([6, -1, 0, 3, -1 if device == "cpu" else 99], device=device)
+        for x in (make_inputs(5, 33, **small), make_inputs(lengths=[70, 3, 0, 1, 9], **small)):
+            assert op(**x, initial_state=pool, state_indices=where)[0].isfinite().all()
 
 
 def main() -> int:

@@ -1,5 +1,7 @@
 """Every op, mode, shape and gate against the recurrence in fp64: outputs, final states and all gradients."""
 
+import functools
+
 import pytest
 import torch
 
@@ -195,6 +197,97 @@ def test_cotangents_may_be_views(device):
         assert all(map(torch.equal, a, b))
 
 
+# ------------------------------------------------------------------------------------------------------------ prefill into a pool
+
+POOL = 9
+
+
+def pooled(x, where, index=torch.int64, seed=5):
+    """Arguments for a pool of POOL rows, of which sequence n has row where[n], and the pool as it was."""
+    (_, _, H, K), V, M = x["k"].shape, x["v"].shape[-1], (x["s"] if x["g"] is None else x["g"]).shape[-1]
+    mode = "abc" if x["g"] is None else "coupled"
+    pool = make_inputs(POOL, 1, H, H, K, V, M, mode=mode, dtype=x["q"].dtype, device=x["q"].device, initial_state=True, seed=seed)["initial_state"]
+    x = {**x, "initial_state": pool, "state_indices": torch.tensor(where, dtype=index, device=x["q"].device)}
+    return x, tuple(t.clone() for t in pool)
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@modes
+@pytest.mark.parametrize("op", [chunk_gsa, fused_recurrent_gsa, functools.partial(fused_recurrent_gsa, reverse=True)], ids=["chunk", "recurrent", "reverse"])
+def test_prefill_pool(op, mode, dtype, index, device):
+    """The bits of the form without a pool, packed and in rows; padding may hold NaN, gives 0 and has no state; other rows of the pool keep their bits."""
+    sizes = {"HQ": 4, "H": 2, "K": 32, "V": 48, "M": 16, "mode": mode, "dtype": dtype, "gate": 1.0, "device": device}
+    lengths = [40, 1, 0, 300, 7, 0, 64]
+    packed, rows = make_inputs(lengths=lengths, **sizes), make_inputs(5, 70, **sizes)
+    ends = packed["cu_seqlens"].tolist()
+    for x, where in ((packed, [6, -1, 0, 3, 8, -1, -1]), (rows, [8, -1, 0, 3, -1])):
+        of = (lambda n: (0, slice(ends[n], ends[n + 1]))) if x is packed else (lambda n: (n, slice(None)))
+        live, padding = ([n for n, row in enumerate(where) if (row >= 0) == there] for there in (True, False))
+        kept = {name: None if x[name] is None else x[name][live] if x is rows else torch.cat([x[name][of(n)] for n in live])[None] for name in "qkvsg"}
+        if x is packed:
+            kept["cu_seqlens"] = torch.tensor([0, *(lengths[n] for n in live)], device=device).cumsum(0)
+        x, before = pooled(x, where, index)
+        for n in padding:
+            for name in "qkvsg":
+                if x[name] is not None:
+                    x[name][of(n)] = torch.nan
+        used = [where[n] for n in live]
+        others = [row for row in range(POOL) if row not in used]
+        o, final = op(**x, output_final_state=True)
+        want, want_final = op(**kept, initial_state=tuple(t[used] for t in before), output_final_state=True)
+        assert final is x["initial_state"]
+        assert torch.equal(torch.cat([o[of(n)] for n in live]), want.flatten(0, 1))
+        assert all(o[of(n)].eq(0).all() for n in padding)
+        for new, old, expected in zip(final, before, want_final):
+            assert torch.equal(new[used], expected) and torch.equal(new[others], old[others])
+        assert op(**x)[1] is None
+
+
+@modes
+def test_pool_order_changes_no_bit(mode, device):
+    """Where in the pool a sequence lives, and in which order the sequences come, does not matter; a pool of one row is no broadcast."""
+    lengths = [40, 1, 130, 64]
+    x = make_inputs(lengths=lengths, HQ=4, H=2, K=32, V=48, M=16, mode=mode, device=device, dtype=torch.bfloat16)
+    parts = [{name: None if x[name] is None else x[name].split(lengths, 1)[n] for name in "qkvsg"} for n in range(4)]
+    found = []
+    for order, where in (([0, 1, 2, 3], [0, 1, 2, 3]), ([2, 0, 3, 1], [0, 1, 2, 3]), ([0, 1, 2, 3], [7, 2, 5, 0])):
+        shuffled = {name: None if x[name] is None else torch.cat([parts[n][name] for n in order], 1) for name in "qkvsg"}
+        cu = torch.tensor([0, *(lengths[n] for n in order)], device=device).cumsum(0)
+        y, pool = pooled(shuffled, [where[n] for n in order])
+        for t, source in zip(y["initial_state"], pool):
+            t[where] = source[:4]
+        o, final = chunk_gsa(**y, cu_seqlens=cu, output_final_state=True)
+        pieces = dict(zip(order, o.split([lengths[n] for n in order], 1)))
+        found.append([*(pieces[n] for n in range(4)), *(t[where] for t in final)])
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+    one = {**parts[2], "initial_state": tuple(t[2:3].clone() for t in pool), "state_indices": torch.zeros(1, dtype=torch.int32, device=device)}
+    assert torch.equal(chunk_gsa(**one)[0], found[0][2])
+
+
+@pytest.mark.parametrize("op", [chunk_gsa, fused_recurrent_gsa], ids=["chunk", "recurrent"])
+@modes
+def test_chunked_prefill_and_decode_share_a_pool(op, mode, device):
+    """A prompt in three calls, each in one batch with tokens of others, then steps on the same pool: the sequence in one piece."""
+    T = 100
+    x = make_inputs(2, T, 4, 2, 32, 48, 16, mode=mode, device=device)
+    want, want_final = op(**x, output_final_state=True)
+    pool = tuple(t.new_full((POOL, *t.shape[1:]), -torch.inf if i == 2 else 0.0) for i, t in enumerate(want_final))
+    o = torch.zeros_like(want)
+    for a, b in ((slice(0, 40), slice(0, 1)), (slice(40, 41), slice(1, 2)), (slice(41, 98), slice(2, 98))):
+        batch = {name: None if x[name] is None else torch.cat([x[name][:1, a], x[name][1:, b]], 1) for name in "qkvsg"}
+        cu = torch.tensor([0, a.stop - a.start, batch["q"].shape[1]], device=device)
+        part, _ = op(**batch, initial_state=pool, cu_seqlens=cu, state_indices=torch.tensor([4, 2], device=device))
+        o[:1, a], o[1:, b] = part[:, : a.stop - a.start], part[:, a.stop - a.start :]
+    for t in range(98, T):
+        row = {name: None if x[name] is None else x[name][:, t] for name in "qkvsg"}
+        o[:, t] = gsa_step(**row, state=pool, state_indices=torch.tensor([4, 2], device=device))
+    assert testing.error(o, want) < 1e-5
+    for got, end in zip(pool, want_final):
+        assert testing.error(got[[4, 2]], end) < 1e-5
+
+
 # ------------------------------------------------------------------------------------------------------------ step
 
 
@@ -284,6 +377,43 @@ def test_step_depends_on_nothing_else(state, HQ, H, K, V, M, device):
         alone = {name: None if t is None else t[:, i : i + 1] if name == "q" else t[:, h : h + 1] for name, t in row.items()}
         single = tuple(t[:, h : h + 1].clone(memory_format=torch.contiguous_format) for t in first)
         assert testing.error(gsa_step(**alone, state=single), o[:, i : i + 1]) < 4e-3 and all(torch.equal(a, b[:, h : h + 1]) for a, b in zip(single, want))
+
+
+@pytest.mark.parametrize("silu_qk,silu_v", [(False, False), (False, True), (True, True)])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("M,rotary", [(16, 0), (13, 32), (16, 12)])
+def test_step_of_a_layer(dtype, M, rotary, silu_qk, silu_v, device):
+    """Rotation, silu, log gate and padding inside the step (torch.ops.gsa.step): what the same outside gives. Padding may hold NaN."""
+    if dtype == "fp64" and device.type == "cuda":
+        pytest.skip("fp64 is computed on the CPU only")
+    x = make_inputs(5, 1, 8, 2, 32, 48, M, dtype=TYPES[dtype], device=device, initial_state=True)
+    q, k, v, logits = (x[name][:, 0] for name in "qkvg")
+    logits = logits.sign() * logits.abs() * 40 + 3                          # to both sides of 0, and far
+    wide = torch.float64 if dtype == "fp64" else torch.float32
+    state, other = (tuple(t.clone() for t in x["initial_state"]) for _ in range(2))
+    g = torch.nn.functional.logsigmoid(logits.to(wide)) / 5
+    silu = torch.nn.functional.silu
+    g = g.to(TYPES[dtype]) if dtype == "fp64" else g
+
+    angle = torch.arange(5, device=device)[:, None] * 0.3 + torch.arange(rotary, device=device)
+    cos, sin = (f(angle[:1] if rotary == 12 else angle).to(TYPES[dtype]) for f in (torch.cos, torch.sin))
+
+    def prepared(x):
+        a, b = x[..., :rotary].chunk(2, -1)
+        turned = x[..., :rotary] * cos[:, None] + torch.cat([-b, a], -1) * sin[:, None]
+        x = torch.cat([turned, x[..., rotary:]], -1)
+        return silu(x) if silu_qk else x
+
+    want = gsa_step(prepared(q), prepared(k), silu(v) if silu_v else v, None, g, state, 0.7)
+    mask = torch.tensor([True, False, True, True, False], device=device)
+    for t in (q, k, v, logits):
+        t[~mask] = torch.nan
+    turn = {"cos": cos, "sin": sin} if rotary else {}
+    got = torch.ops.gsa.step(q, k, v, None, logits, *other, None, 0.7, None, mask, 5.0, **turn, silu_qk=silu_qk, silu_v=silu_v)
+    bound = {"fp64": 1e-14, "fp32": 2e-6}.get(dtype, 2e-3)
+    assert testing.error(got[mask], want[mask]) < bound and got[~mask].eq(0).all()
+    for new, expected, old in zip(other, state, x["initial_state"]):
+        assert testing.error(new[mask], expected[mask]) < bound and torch.equal(new[~mask], old[~mask])
 
 
 def test_step_stays_with_the_parallel_form(device):

@@ -164,6 +164,24 @@ def good_step(device):
     return {**{name: x[name][:, 0].contiguous() for name in "qkvsg"}, "state": x["initial_state"]}
 
 
+def test_bad_step_of_a_layer(device):
+    x = good_step(device)
+    row = x["q"], x["k"], x["v"], None, x["g"], *x["state"], None, None, None
+    for mask, error, message in ((torch.ones(2), TypeError, r"mask.*bool.*(?i:float)"), (torch.ones(3).bool(), ValueError, r"mask.*\[B\].*\[3\]")):
+        with pytest.raises(error, match=message):
+            torch.ops.gsa.step(*row, mask.to(device))
+    for normalizer in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="gate_normalizer.*positive"):
+            torch.ops.gsa.step(*row, None, normalizer)
+    six = x["q"][:, 0, :6]
+    for cos, sin, error, message in (
+        (six, None, ValueError, "cos, sin.*both"), (six[0], six, ValueError, r"cos.*\[B or 1, rotary\].*\[6\]"), (six, six[:, :5], ValueError, "sin.*even"),
+        (six, six[:, :4], ValueError, r"sin.*\[2, 4\]"), (six, six.double(), TypeError, "sin.*q's dtype"), (x["v"][:, 0], six, ValueError, "cos.*K = 8"),
+    ):
+        with pytest.raises(error, match=message):
+            torch.ops.gsa.step(*row, cos=cos, sin=sin)
+
+
 @pytest.mark.parametrize("what", STEP)
 def test_bad_step(what, device):
     change, exception, message = STEP[what]
@@ -182,6 +200,58 @@ def test_bad_indices(indices, message, device, request):
     with pytest.raises(ValueError, match=f"state_indices.*{message}"):
         gsa_step(**x)
     assert all(map(torch.equal, before, x["state"]))
+
+
+PREFILL = {
+    "no pool": (lambda x: {**x, "initial_state": None}, ValueError, r"initial_state.*pool.*None"),
+    "ABC without z": (lambda x: {**x, "g": None}, ValueError, r"initial_state.*\(Hk, Hv, z\)"),
+    "shape of Hk": (states((3, 2, 5, 8), (3, 2, 5, 12)), ValueError, r"initial_state Hk.*\[P, H, K, M\].*\[3, 2, 5, 8\]"),
+    "rows of Hv": (states((3, 2, 8, 5), (4, 2, 5, 12)), ValueError, r"initial_state Hv.*\[P, H, M, V\].*\[4, 2, 5, 12\]"),
+    "bf16 pool": (states((3, 2, 8, 5), (3, 2, 5, 12), dtype=torch.bfloat16), TypeError, r"initial_state Hk.*(?i:float.*bfloat16)"),
+    "strided pool": (lambda x: {**x, "initial_state": tuple(t.mT.contiguous().mT for t in x["initial_state"])}, ValueError, r"initial_state.*contiguous"),
+    "gradient of an input": (lambda x: {**x, "k": x["k"].requires_grad_()}, RuntimeError, r"state_indices.*no_grad"),
+    "gradient of the pool": (lambda x: {**x, "initial_state": tuple(t.requires_grad_() for t in x["initial_state"])}, RuntimeError, r"state_indices.*no_grad"),
+    "dtype of state_indices": (lambda x: {**x, "state_indices": x["q"][:, 0, 0, 0]}, TypeError, r"state_indices.*int32.*(?i:float)"),
+    "shape of state_indices": (lambda x: {**x, "state_indices": torch.arange(3, device=x["q"].device)}, ValueError, r"state_indices.*\[N\].*\[3\]"),
+    "number of packed sequences": (lambda x: {**lengths(0, 1, 4, 6)(x), "state_indices": x["state_indices"]}, ValueError, r"state_indices.*\[3\].*\[2\]"),
+    "out of range": (lambda x: {**x, "state_indices": x["state_indices"] + 2}, ValueError, r"state_indices.*0 .. 2.*3 at position"),
+    "twice": (lambda x: {**x, "state_indices": x["state_indices"] * 0}, ValueError, r"state_indices.*0 is given twice"),
+}
+
+
+def good_prefill(device):
+    x = good(device, initial_state=True)
+    return {**x, "initial_state": tuple(torch.cat([t, t[:1]]) for t in x["initial_state"]), "state_indices": torch.tensor([1, 0], device=device)}
+
+
+@pytest.mark.parametrize("what", PREFILL)
+@both
+def test_bad_prefill(op, what, device, checking):
+    change, exception, message = PREFILL[what]
+    x = change(good_prefill(device))
+    before = None if x["initial_state"] is None else [t.detach().clone() for t in x["initial_state"]]
+    with pytest.raises(exception, match=message):
+        op(**x)
+    assert before is None or all(map(torch.equal, before, x["initial_state"]))
+
+
+@both
+def test_prefill_out_of_range_is_padding_on_the_gpu(op, cuda):
+    x = good_prefill(cuda)
+    before = [t.clone() for t in x["initial_state"]]
+    x["state_indices"] = torch.tensor([2**40, -7], device=cuda)
+    assert op(**x)[0].eq(0).all() and all(map(torch.equal, before, x["initial_state"]))
+
+
+@both
+def test_prefill_of_nothing(op, device):
+    x = good_prefill(device)
+    before = [t.clone() for t in x["initial_state"]]
+    empty = {name: x[name][:, :0] for name in "qkvsg"}
+    o, final = op(**{**x, **empty}, output_final_state=True)
+    assert o.shape == (2, 0, 4, 12) and final is x["initial_state"] and all(map(torch.equal, before, final))
+    none = {name: x[name][:0] for name in "qkvsg"}
+    assert op(**{**x, **none, "state_indices": x["state_indices"][:0]})[0].shape == (0, 6, 4, 12)
 
 
 def test_step_under_no_grad_takes_parameters(device):

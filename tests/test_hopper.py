@@ -105,3 +105,26 @@ def test_nothing_leaks_between_packed_sequences(cuda):
         y[name][:, 75:90] = float("nan")
         o = chunk_gsa(**y)[0]
         assert torch.equal(o[:, :70], want[:, :70]) and torch.equal(o[:, 120:], want[:, 120:]) and o[:, 75:90].isnan().any()
+
+
+@pytest.mark.parametrize("r", [1, 4])
+@pytest.mark.parametrize("mode", ["coupled", "abc"])
+def test_pool(mode, r, cuda):
+    """A group's query heads all start from the state that one of them writes: bits as without a pool, again and again; no other row is touched."""
+    sizes = {"HQ": 8 * r, "H": 8, "K": 64, "V": 64, "M": 64, "mode": mode, "dtype": BF16, "device": cuda}
+    x = make_inputs(lengths=[70, 9, 1, 130, 64] * 8, **sizes)
+    N, P = 40, 50
+    states = make_inputs(P, 1, **sizes, initial_state=True)["initial_state"]
+    where = torch.randperm(P, device=cuda)[:N]
+    where[[1, 7]] = -1
+    live = where >= 0
+    for _ in range(5):
+        pool = tuple(t.clone() for t in states)
+        o, _ = chunk_gsa(**x, initial_state=pool, state_indices=where)
+        start = tuple(t[where.clamp(min=0)] for t in states)
+        want, final = chunk_gsa(**x, initial_state=start, output_final_state=True)
+        tokens = torch.repeat_interleave(live, x["cu_seqlens"].diff())
+        assert torch.equal(o[:, tokens], want[:, tokens]) and o[:, ~tokens].eq(0).all()
+        for new, old, expected in zip(pool, states, final):
+            reached = torch.zeros(P, dtype=torch.bool, device=cuda).index_fill(0, where[live], True)
+            assert torch.equal(new[where[live]], expected[live]) and torch.equal(new[~reached], old[~reached])

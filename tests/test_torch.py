@@ -100,6 +100,18 @@ def test_opcheck_backward(exact, device):
     opcheck(torch.ops.gsa.chunk_backward, *arguments)
 
 
+@pytest.mark.parametrize("exact", [False, True], ids=["chunk", "recurrent"])
+@pytest.mark.parametrize("packed", [False, True])
+@modes
+def test_opcheck_prefill(mode, packed, exact, device):
+    sizes = {"lengths": [5, 0, 12]} if packed else {"B": 3, "T": 17}
+    x = make_inputs(**sizes, HQ=4, H=2, K=8, V=12, M=5, mode=mode, device=device)
+    pool = make_inputs(B=5, T=1, HQ=4, H=2, K=8, V=12, M=5, mode=mode, device=device, initial_state=True)["initial_state"]
+    hk, hv, z = (*pool, None)[:3]
+    where = torch.tensor([4, -1, 1], device=device)
+    opcheck(torch.ops.gsa.prefill, *(x[name] for name in "qkvsg"), hk, hv, z, 0.3, where, x.get("cu_seqlens"), exact, exact)
+
+
 @pytest.mark.parametrize("indexed", [False, True])
 @modes
 def test_opcheck_step(mode, indexed, device):
@@ -107,7 +119,11 @@ def test_opcheck_step(mode, indexed, device):
     q, k, v, s, g = (None if x[name] is None else x[name][:, 0].contiguous() for name in "qkvsg")
     pool = make_inputs(B=3 if indexed else 2, T=1, HQ=4, H=2, K=8, V=12, M=5, mode=mode, device=device, initial_state=True)["initial_state"]
     hk, hv, z = (*pool, None)[:3]
-    opcheck(torch.ops.gsa.step, q, k, v, s, g, hk, hv, z, None, torch.tensor([2, -1], device=device) if indexed else None)
+    where = torch.tensor([2, -1], device=device) if indexed else None
+    opcheck(torch.ops.gsa.step, q, k, v, s, g, hk, hv, z, None, where)
+    if mode == "coupled":
+        opcheck(torch.ops.gsa.step, q, k, v, s, g, hk, hv, z, None, where, torch.tensor([True, False], device=device), 8.0,
+                x["q"][:, 0, 0, :6], x["q"][:, 0, 1, :6], True, True)
 
 
 # ------------------------------------------------------------------------------------------------------------ compile, export
@@ -167,6 +183,17 @@ def test_compile_step(mode, device):
 
 @modes
 @both
+def test_compile_prefill(op, mode, device):
+    x = make_inputs(lengths=[9, 1, 20], HQ=4, H=2, K=16, V=16, M=8, mode=mode, device=device)
+    pool = make_inputs(5, 1, 4, 2, 16, 16, 8, mode=mode, device=device, initial_state=True)["initial_state"]
+    where = torch.tensor([4, -1, 1], device=device)
+    pools = [tuple(t.clone() for t in pool) for _ in range(2)]
+    calls = op, torch.compile(op, fullgraph=True, backend="aot_eager")
+    same(*([call(**x, initial_state=held, state_indices=where)[0], *held] for call, held in zip(calls, pools)))
+
+
+@modes
+@both
 def test_export(op, mode, device):
     class Model(torch.nn.Module):
         def forward(self, q, k, v, gate):
@@ -213,6 +240,10 @@ def test_autocast(mode, dtype, device):
         same(want, got)
         for leaf, a, b in zip(leaves, gradients(want, hand_leaves), gradients(got, leaves)):
             assert b.dtype == leaf.dtype == torch.float32 and torch.equal(a.float(), b)
+    where = {"state_indices": torch.tensor([1, 0], device=device)}
+    with torch.autocast(device.type, dtype):
+        for op in (chunk_gsa, fused_recurrent_gsa):
+            assert op(**{**x, "initial_state": tuple(t.clone() for t in x["initial_state"])}, **where)[0].dtype == dtype
     row = {name: None if x[name] is None else x[name][:, 0] for name in "qkvsg"}
     with torch.autocast(device.type, dtype):
         assert gsa_step(**row, state=tuple(t.clone() for t in x["initial_state"])).dtype == dtype
@@ -338,6 +369,25 @@ def test_cuda_graph_of_a_step(mode, cuda):
         same([gsa_step(**now, state=eager, state_indices=torch.tensor(where, device=cuda)), *eager], [o, *pool])
 
 
+@modes
+@both
+def test_cuda_graph_of_prefill(op, mode, cuda):
+    """Captured once, replayed with other lengths and other rows of the pool."""
+    x = make_inputs(lengths=[40, 0, 110], HQ=4, H=2, K=32, V=32, M=16, mode=mode, device=cuda)
+    pool = make_inputs(8, 1, 4, 2, 32, 32, 16, mode=mode, device=cuda, initial_state=True)["initial_state"]
+    eager = tuple(t.clone() for t in pool)
+    x["state_indices"] = torch.tensor([5, -1, 2], device=cuda)
+    op(**x, initial_state=tuple(t.clone() for t in pool))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o, _ = op(**x, initial_state=pool)
+    for ends, where in (([0, 40, 40, 150], [5, -1, 2]), ([0, 1, 149, 150], [0, 7, -1]), ([0, 0, 60, 150], [5, 2, 3])):
+        x["cu_seqlens"].copy_(torch.tensor(ends))
+        x["state_indices"].copy_(torch.tensor(where))
+        graph.replay()
+        same([op(**x, initial_state=eager)[0], *eager], [o, *pool])
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @modes
 def test_no_host_synchronisation(mode, layout, cuda):
@@ -347,6 +397,7 @@ def test_no_host_synchronisation(mode, layout, cuda):
         rows = make_inputs(2, 1, 4, 2, 64, 64, 32, mode=mode, dtype=dtype, initial_state=True, device=cuda)
         row = {name: None if rows[name] is None else rows[name][:, 0] for name in "qkvsg"}
         indices = torch.tensor([1, 0], device=cuda)
+        pool = tuple(t.expand(x["cu_seqlens"].numel() - 1 if layout == "packed" else 2, *t.shape[1:]).contiguous() for t in x["initial_state"])
         torch.cuda.synchronize()
         before = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("error")
@@ -355,6 +406,8 @@ def test_no_host_synchronisation(mode, layout, cuda):
                 outputs = call(op, *leaves)
                 torch.autograd.grad(outputs, leaves, [torch.ones_like(t) for t in outputs])
             gsa_step(**row, state=rows["initial_state"], state_indices=indices)
+            for op in (chunk_gsa, fused_recurrent_gsa):
+                op(**{**x, "initial_state": pool}, state_indices=torch.arange(pool[0].shape[0], device=cuda))
         finally:
             torch.cuda.set_sync_debug_mode(before)
 

@@ -11,8 +11,10 @@ template <class T> void abc_rows(const AbcParams& p, int64_t n, int64_t h) {
   constexpr int W = LANES<T>;
   const Sequence seq = sequence(p, n);
   const Rows e = rows(p.e, seq, h, p.reverse), s = rows(p.s, seq, h, p.reverse), g = rows(p.g, seq, h, p.reverse);
-  const T* z0 = p.z0 ? static_cast<const T*>(p.z0) + (n * p.H + h) * p.M : nullptr;
-  T* zT = p.zT ? static_cast<T*>(p.zT) + (n * p.H + h) * p.M : nullptr;
+  const int64_t row = state_row(p, n) * p.H + h;
+  if (row < 0) return;
+  const T* z0 = p.z0 ? static_cast<const T*>(p.z0) + row * p.M : nullptr;
+  T* zT = p.zT ? static_cast<T*>(p.zT) + row * p.M : nullptr;
   with_dtype<T>(e.dtype, [&](auto* type) GSA_LAMBDA {
     using E = std::remove_pointer_t<decltype(type)>;
     for (int m = 0; m < p.M; m += W) {

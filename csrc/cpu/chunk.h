@@ -29,7 +29,7 @@ template <class T> struct Shape {
       : HQ(p.HQ), H(p.H), r(p.HQ / p.H), K(p.K), V(p.V), M(p.M), Kp(padded(p.K)), Vp(padded(p.V)), Mp(padded(p.M)), scale(T(p.scale)) {}
 };
 
-inline int64_t initial_row(const Params& p, int64_t n, int64_t h) { return p.h0_broadcast ? h : n * p.H + h; }
+inline int64_t initial_row(const Params& p, int64_t n, int64_t h) { return p.h0_broadcast ? h : state_row(p, n) * p.H + h; }
 
 // What a key/value head reads, tokens in the order they are visited.
 struct Head {
@@ -177,7 +177,8 @@ template <class T> class Forward {
   void run(const Piece& piece, int64_t h, const Joints<T>& H) {
     const Sequence seq = sequence(p, piece.n);
     const int r = d.r, Kp = d.Kp, Vp = d.Vp, Mp = d.Mp;
-    const int64_t row0 = initial_row(p, piece.n, h), rowT = piece.n * d.H + h, Kd = int64_t(Kp) * Mp;
+    const int64_t row0 = initial_row(p, piece.n, h), rowT = state_row(p, piece.n) * d.H + h, Kd = int64_t(Kp) * Mp;
+    if (rowT < 0) return zero_padding(p, piece.n, h);
     const Head head(p, seq, h);
     if (piece.first()) {
       load_state(w.Hk, d.K, d.M, p.hk0, row0 * d.K * d.M, false);

@@ -36,16 +36,26 @@ class Items {
   int64_t count_, taken_ = 0;
 };
 
-// The tokens of sequence n, those of cu_seqlens where there is one.
+// The row that sequence n has in the states, or -1: padding, which has none.
+template <class P> inline __attribute__((always_inline)) int64_t state_row(const P& p, int64_t n) {
+  if (!p.state_indices) return n;
+  return p.indices_64 ? static_cast<const int64_t*>(p.state_indices)[n] : int64_t(static_cast<const int32_t*>(p.state_indices)[n]);
+}
+
+// The tokens of sequence n, those of cu_seqlens where there is one; of padding, none.
 struct Sequence {
   int64_t batch, begin, length;
 };
-template <class P> inline __attribute__((always_inline)) Sequence sequence(const P& p, int64_t n) {
+template <class P> inline __attribute__((always_inline)) Sequence all_tokens(const P& p, int64_t n) {
   if (!p.cu_seqlens) return {n, 0, p.T};
   const auto bound = [&](int64_t i) __attribute__((always_inline)) {
     return p.cu_seqlens_64 ? static_cast<const int64_t*>(p.cu_seqlens)[i] : int64_t(static_cast<const int32_t*>(p.cu_seqlens)[i]);
   };
   return {0, bound(n), bound(n + 1) - bound(n)};
+}
+template <class P> inline __attribute__((always_inline)) Sequence sequence(const P& p, int64_t n) {
+  const Sequence s = all_tokens(p, n);
+  return {s.batch, s.begin, state_row(p, n) < 0 ? 0 : s.length};
 }
 
 // A sequence, or one of the pieces of a sequence that several threads share: its tokens begin .. end - 1 in the order they are visited.

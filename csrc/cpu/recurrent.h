@@ -116,7 +116,11 @@ template <class T> void recurrent_forward(const ForwardParams& params) {
           else std::memset(static_cast<T*>(to) + to_row * size, 0, size * sizeof(T));
         };
         for (int64_t item; items.next(item);) {
-          const int64_t n = item / H, h = item % H, row0 = p.h0_broadcast ? h : item, KM = int64_t(K) * M, MV = int64_t(M) * V;
+          const int64_t n = item / H, h = item % H, rowT = state_row(p, n) * H + h, row0 = p.h0_broadcast ? h : rowT, KM = int64_t(K) * M, MV = int64_t(M) * V;
+          if (rowT < 0) {
+            zero_padding(p, n, h);
+            continue;
+          }
           const Sequence seq = sequence(p, n);
           const Rows k = rows(p.k, seq, h, p.reverse), v = rows(p.v, seq, h, p.reverse), g = rows(p.g, seq, h, p.reverse), s = rows(p.s, seq, h, p.reverse);
           copy(Hk, 0, p.hk0, row0, KM);
@@ -131,8 +135,8 @@ template <class T> void recurrent_forward(const ForwardParams& params) {
             token.advance(Hk, Hv);
             for (int i = 0; i < r; ++i) token.write(rows(p.o, seq, h * r + i, p.reverse), t, i);
           }
-          copy(p.hkT, item, Hk, 0, KM);
-          copy(p.hvT, item, Hv, 0, MV);
+          copy(p.hkT, rowT, Hk, 0, KM);
+          copy(p.hvT, rowT, Hv, 0, MV);
         }
       },
       &params);
@@ -157,13 +161,53 @@ template <class T> GSA_INLINE AbcGate<T> abc_gate(Vec<T> z, Vec<T> e, bool hande
   return gate;
 }
 
+template <class T> GSA_INLINE Vec<T> rounded(Vec<T> x, DType dtype) {
+  with_dtype<T>(dtype, [&](auto* type) GSA_LAMBDA {
+    std::remove_pointer_t<decltype(type)> row[LANES<T>];
+    store_as<T>(row, x);
+    x = load_as<T>(row);
+  });
+  return x;
+}
+// x <- silu(x)
+template <class T> void silu_row(T* x, int length, DType dtype) {
+  for (int i = 0; i < length; i += LANES<T>) {
+    const Vec<T> y = load<T>(x + i), one = splat(T(1));
+    store<T>(x + i, rounded<T>(y / (one + exp_<T>(-y)), dtype));
+  }
+}
+// x <- x cos + (its halves swapped, the first negated) sin; `spare` is as long as x
+template <class T> void rotate_row(T* x, int length, int rotary, const T* cos, const T* sin, T* spare, DType dtype) {
+  for (int i = 0; i < length; ++i) {
+    const int half = rotary / 2;
+    spare[i] = i >= rotary ? T(0) : i < half ? -x[i + half] : x[i - half];
+  }
+  for (int i = 0; i < length; i += LANES<T>) {
+    const Vec<T> a = rounded<T>(load<T>(x + i) * load<T>(cos + i), dtype), b = rounded<T>(load<T>(spare + i) * load<T>(sin + i), dtype);
+    store<T>(x + i, rounded<T>(a + b, dtype));
+  }
+}
+// x <- logsigmoid(x) / normalizer
+template <class T> void log_gate_row(T* x, int length, T normalizer) {
+  for (int i = 0; i < length; i += LANES<T>) {
+    const Vec<T> y = load<T>(x + i), zero = splat(T(0)), size = y < zero ? y : -y;
+    store<T>(x + i, ((y < zero ? y : zero) - log1p_<T>(exp_<T>(size))) / splat(normalizer));
+  }
+}
+
 template <class T, class S> void step_items(const StepParams& p, Items& items, int64_t per_item) {
   const int H = p.H, r = p.HQ / p.H, K = p.K, V = p.V, M = p.M;
+  T *cos, *sin, *spare;
+  const auto plan = [&](Arena& m) GSA_LAMBDA {
+    m.take(cos, padded(K)), m.take(sin, padded(K)), m.take(spare, padded(K));
+    return Token<T>(m, r, K, V, M);
+  };
   Arena measure;
-  Token<T>(measure, r, K, V, M);
+  plan(measure);
   const Scratch scratch(measure.used());
   Arena arena(scratch.memory);
-  Token<T> token(arena, r, K, V, M);
+  Token<T> token = plan(arena);
+  const bool late = p.rotary || p.silu_qk;         // the scale comes after these
   const int64_t total = p.B * H;
   for (int64_t item; items.next(item);)
     for (int64_t work = item * per_item; work < std::min(total, (item + 1) * per_item); ++work) {
@@ -173,18 +217,29 @@ template <class T, class S> void step_items(const StepParams& p, Items& items, i
       int64_t row = b.batch;
       if (p.state_indices)
         row = p.indices_64 ? static_cast<const int64_t*>(p.state_indices)[b.batch] : int64_t(static_cast<const int32_t*>(p.state_indices)[b.batch]);
-      if (row < 0 || row >= p.P) {
+      if (row < 0 || row >= p.P || (p.mask && !p.mask[b.batch])) {
         std::fill_n(token.o, r * token.Vp, T(0));
         for (int i = 0; i < r; ++i) token.write(out(i), 0, i);
         continue;
       }
       S *Hk = static_cast<S*>(p.hk) + (row * H + h) * K * M, *Hv = static_cast<S*>(p.hv) + (row * H + h) * M * V;
-      for (int i = 0; i < r; ++i) token.read(token.q + i * token.Kp, token.Kp, rows(p.q, b, h * r + i, false), 0, K, T(p.scale));
+      for (int i = 0; i < r; ++i) token.read(token.q + i * token.Kp, token.Kp, rows(p.q, b, h * r + i, false), 0, K, late ? T(1) : T(p.scale));
       token.read(token.k, token.Kp, rows(p.k, b, h, false), 0, K);
       token.read(token.v, token.Vp, rows(p.v, b, h, false), 0, V);
+      if (p.rotary) {
+        token.read(cos, token.Kp, rows(p.cos, b, 0, false), 0, p.rotary);
+        token.read(sin, token.Kp, rows(p.sin, b, 0, false), 0, p.rotary);
+        std::fill(cos + p.rotary, cos + token.Kp, T(1));
+        for (int i = 0; i < r; ++i) rotate_row(token.q + i * token.Kp, token.Kp, p.rotary, cos, sin, spare, p.q.dtype);
+        rotate_row(token.k, token.Kp, p.rotary, cos, sin, spare, p.k.dtype);
+      }
+      if (p.silu_qk) silu_row(token.q, r * token.Kp, p.q.dtype), silu_row(token.k, token.Kp, p.k.dtype);
+      if (p.silu_v) silu_row(token.v, token.Vp, p.v.dtype);
+      for (int i = 0; i < r * token.Kp && late; i += LANES<T>) store<T>(token.q + i, load<T>(token.q + i) * T(p.scale));
       if (p.s.ptr) token.read(token.s, token.Mp, rows(p.s, b, h, false), 0, M);
       if (p.g.ptr) {
         token.read(token.a, token.Mp, rows(p.g, b, h, false), 0, M);
+        if (p.gate_normalizer != 0) log_gate_row(token.a, token.Mp, T(p.gate_normalizer));
         token.gates(!p.s.ptr);
       } else {
         S* z = static_cast<S*>(p.z) + (row * H + h) * M;

@@ -238,6 +238,15 @@ template <class T> GSA_INLINE void softmax(T* y, int slots, int M) {
 
 // ---- states ----------------------------------------------------------------------------------------------------------------------
 // dst [padded(m)][padded(n)] from src [m][n] (nullptr: zero), or from its transpose; and back.
+// o of sequence n, which is padding, for the query heads of key/value head h: 0
+inline void zero_padding(const ForwardParams& p, int64_t n, int64_t h) {
+  const Sequence all = all_tokens(p, n);
+  for (int64_t i = h * (p.HQ / p.H); i < (h + 1) * (p.HQ / p.H); ++i) {
+    const Rows o = rows(p.o, all, i, false);
+    for (int64_t t = 0; t < all.length; ++t) std::memset(o.first + t * o.step, 0, p.V * bytes_of(p.o.dtype));
+  }
+}
+
 template <class T> void load_state(T* dst, int rows, int cols, const void* src, int64_t offset, bool transposed) {
   const int ld = padded(cols);
   std::memset(static_cast<void*>(dst), 0, sizeof(T) * padded(rows) * ld);

@@ -30,7 +30,8 @@ __global__ __launch_bounds__(kSlots) void abc_gates_kernel(const __grid_constant
   const int m = blockIdx.x % tiles * kSlots + threadIdx.x;
   if (m >= p.M) return;
   const AbcSequence q = abc_sequence(p, n);
-  const int64_t length = q.end - q.begin, slot = (n * p.H + head) * p.M + m;
+  const int64_t row = state_row(p, n), length = q.end - q.begin, slot = (row * p.H + head) * p.M + m;
+  if (row < 0) return;
   float z = p.z0 ? static_cast<const float*>(p.z0)[slot] : -INFINITY;
   auto token = [&](int64_t i) { return p.reverse ? q.end - 1 - i : q.begin + i; };
   auto at = [&](const View& x, int64_t t) { return q.batch * x.batch + t * x.token + head * x.head + m; };

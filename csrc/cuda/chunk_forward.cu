@@ -25,7 +25,7 @@ __global__ __launch_bounds__(Cfg::threads, Cfg::blocks_per_sm) void chunk_output
   constexpr int C = Cfg::C, MP = Cfg::MP, MT = Cfg::MT, CT = Cfg::CT, DS = Cfg::DS, DT = Cfg::DT, NB = Cfg::NB, ldm = Cfg::ldm, ldd = Cfg::ldd;
   const int64_t q_head = blockIdx.x % p.HQ, head = q_head / (p.HQ / p.H);
   Chunk c;
-  if (!find_chunk(p, blockIdx.x / p.HQ, C, c)) return;
+  if (!find_chunk(p, blockIdx.x / p.HQ, C, c)) return zero_padding(p, c.seq.n, q_head, (blockIdx.x / p.HQ - c.seq.slot) * C, C);
   const int warp = threadIdx.x / 32;
 
   extern __shared__ __align__(16) char shared[];
@@ -119,7 +119,13 @@ StatePlan state_plan(const Params& p) {
 
 int64_t states_workspace(const Params& p) { return state_plan(p).bytes; }
 
-int64_t forward_workspace(const Params& p) { return hopper_takes(p) ? 0 : states_workspace(p); }
+// On Hopper every query head of a group starts from the group's states by itself: in a pool, they must not be written before all have read them.
+bool states_beside(const Params& p) { return p.state_indices && p.HQ > p.H; }
+
+int64_t forward_workspace(const Params& p) {
+  if (hopper_takes(p)) return states_beside(p) ? p.N * p.H * (p.K + p.V) * p.M * 4 : 0;
+  return states_workspace(p);
+}
 
 States forward_states(const Params& p, void* hkT, void* hvT, bool recompute) {
   char* base = static_cast<char*>(p.workspace);
@@ -146,7 +152,13 @@ States forward_states(const Params& p, void* hkT, void* hvT, bool recompute) {
 
 void chunk_forward(const ForwardParams& p) {
   require_device();
-  if (hopper_takes(p)) return hopper_forward(p, p.boundary);
+  if (hopper_takes(p)) {
+    ForwardParams h = p;
+    if (states_beside(p)) h.hkT = p.workspace, h.hvT = static_cast<float*>(p.workspace) + p.N * p.H * p.K * p.M;
+    hopper_forward(h, p.boundary);
+    if (states_beside(p)) states_to_pool(p, h.hkT, h.hvT);
+    return;
+  }
   const States s = forward_states(p, p.hkT, p.hvT, true);
   select_config(p, [&]<class Cfg>() {
     const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, Cfg::C);

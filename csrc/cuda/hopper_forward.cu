@@ -53,7 +53,7 @@ __device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary
   float H[D / 8][4];  // rows: slots
   {
     const float* in = static_cast<const float*>(values ? p.hv0 : p.hk0);
-    if (in) in += ((p.h0_broadcast ? 0 : n * p.H) + head) * D * p.M;
+    if (in) in += ((p.h0_broadcast ? 0 : state_row(p, n) * p.H) + head) * D * p.M;
     load_registers(H, in, values, D, p.M, warp);
   }
   E* tile = m.H[values];
@@ -133,7 +133,7 @@ __device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary
     tokens.next();
   }
   if (float* out = static_cast<float*>(values ? p.hvT : p.hkT))
-    if (owner) store_registers(out + (n * p.H + head) * D * p.M, H, values, D, p.M, warp);
+    if (owner) store_registers(out + ((p.hkT == p.hk0 ? state_row(p, n) : n) * p.H + head) * D * p.M, H, values, D, p.M, warp);
 }
 
 template <class E, int D>
@@ -142,6 +142,7 @@ __global__ __launch_bounds__(512, 1) void forward_kernel(const __grid_constant__
   extern __shared__ __align__(1024) char memory[];
   auto& m = *reinterpret_cast<ForwardShared<E, D>*>(memory);
   const int64_t q_head = blockIdx.x % p.HQ, n = blockIdx.x / p.HQ, head = q_head / (p.HQ / p.H);
+  if (state_row(p, n) < 0) return zero_padding(p, n, q_head);
   const int role = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), tid = threadIdx.x % 128;
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2; ++i) {

@@ -41,7 +41,8 @@ __global__ __launch_bounds__(kThreads) void recurrent_keys(const __grid_constant
   const Chunk c = whole_sequence(p, n);
   const GateReader gates(p, c, head);
   const Rows k_rows = rows_of(p.k, c, head);
-  const int64_t state = (n * p.H + head) * p.K;
+  const int64_t state_n = state_row(p, n), state = (state_n * p.H + head) * p.K;
+  if (state_n < 0) return;
   float h[R];
 #pragma unroll
   for (int i = 0; i < R; ++i) {
@@ -85,7 +86,11 @@ __global__ __launch_bounds__(kThreads) void recurrent_values(const __grid_consta
   const Chunk c = whole_sequence(p, n);
   const GateReader gates(p, c, head);
   const Rows v_rows = rows_of(p.v, c, head);
-  const int64_t state = (n * p.H + head) * p.M;
+  const int64_t state_n = state_row(p, n), state = (state_n * p.H + head) * p.M;
+  if (state_n < 0) {
+    for (int q_head = head * r; q_head < (head + 1) * r && blockIdx.x % tiles == 0; ++q_head) zero_padding(p, n, q_head);
+    return;
+  }
   float h[R];
 #pragma unroll
   for (int i = 0; i < R; ++i) {

@@ -239,17 +239,38 @@ struct Element {
     return x.dtype == DType::f32 ? __uint_as_float(bits) : x.dtype == DType::bf16 ? __uint_as_float(bits << 16) : to_float(__ushort_as_half(bits));
   }
 };
+__device__ float rounded(float x, DType t) { return t == DType::f32 ? x : t == DType::bf16 ? to_float(from_float<bf16>(x)) : to_float(from_float<half>(x)); }
+__device__ float silu(float x, DType t) { return rounded(x / (1.f + expf(-x)), t); }
+
+struct Rotation {                                          // of component i of q and k, with component `other`
+  bool on, low;
+  int other;
+  Element cos, sin;
+  __device__ Rotation(const StepParams& p, int64_t b, int i, bool valid)
+      : on(valid && i < p.rotary), low(i < p.rotary / 2), other(low ? i + p.rotary / 2 : i - p.rotary / 2), cos(p.cos, b, 0, i, on), sin(p.sin, b, 0, i, on) {}
+  __device__ float get(const StepParams& p, const View& view, const Element& x, const Element& y) const {
+    float f = x.get(view);
+    const DType t = view.dtype;
+    if (on) {
+      const float g = low ? -y.get(view) : y.get(view);
+      f = rounded(__fadd_rn(rounded(__fmul_rn(f, cos.get(p.cos)), t), rounded(__fmul_rn(g, sin.get(p.sin)), t)), t);
+    }
+    return p.silu_qk ? silu(f, t) : f;
+  }
+};
 template <int HEADS>
 struct Queries {                                           // component i of the queries of `count` heads, scaled; 0 for the others
-  Element x[HEADS];
-  __device__ Queries(const StepParams& p, int64_t b, int64_t first, int count, int i, bool valid) {
+  Rotation turn;
+  Element x[HEADS], y[HEADS];
+  __device__ Queries(const StepParams& p, int64_t b, int64_t first, int count, int i, bool valid) : turn(p, b, i, valid) {
 #pragma unroll
-    for (int h = 0; h < HEADS; ++h) x[h] = Element(p.q, b, first + h, i, valid && h < count);
+    for (int h = 0; h < HEADS; ++h)
+      x[h] = Element(p.q, b, first + h, i, valid && h < count), y[h] = Element(p.q, b, first + h, turn.other, turn.on && h < count);
   }
   __device__ void put(float* to, const StepParams& p) const {
     float f[HEADS];
 #pragma unroll
-    for (int h = 0; h < HEADS; ++h) f[h] = x[h].get(p.q) * static_cast<float>(p.scale);
+    for (int h = 0; h < HEADS; ++h) f[h] = turn.get(p, p.q, x[h], y[h]) * static_cast<float>(p.scale);
     *reinterpret_cast<Pack<float, HEADS>*>(to) = Pack<float, HEADS>::of(f);
   }
 };
@@ -265,7 +286,7 @@ __global__ __launch_bounds__(THREADS, BLOCKS) void step_kernel(const __grid_cons
   const int k0 = min(rank * k_slice, K), v0 = min(rank * v_slice, V), rows = min(k_slice, K - k0), columns = min(v_slice, V - v0);
   int64_t row = b;
   if (p.state_indices) row = p.indices_64 ? static_cast<const int64_t*>(p.state_indices)[b] : static_cast<const int32_t*>(p.state_indices)[b];
-  if (row < 0 || row >= p.P) {                             // padding: nothing is read
+  if (row < 0 || row >= p.P || (p.mask && !p.mask[b])) {   // padding: nothing is read
     for (int e = threadIdx.x; e < r * columns; e += THREADS)
       store_as(p.o.ptr, b * p.o.batch + (head * r + e / columns) * p.o.head + v0 + e % columns, p.o.dtype, 0.f);
     return;
@@ -294,11 +315,14 @@ __global__ __launch_bounds__(THREADS, BLOCKS) void step_kernel(const __grid_cons
   for (int i = threadIdx.x; i < longest; i += THREADS) {
     const Element ge(p.g, b, head, i, i < M), se(p.s, b, head, i, i < M), ke(p.k, b, head, k0 + i, i < rows), ve(p.v, b, head, v0 + i, i < columns);
     const Queries<HEADS> qe(p, b, head * r, r, k0 + i, i < rows);
+    const Element ko(p.k, b, head, qe.turn.other, qe.turn.on);
     const float z = !p.g.ptr && i < M ? to_float(static_cast<const T*>(p.z)[state * M + i]) : 0.f;
-    if (i < rows) k[i] = ke.get(p.k), qe.put(q + i * HEADS, p);
-    if (i < columns) v[i] = ve.get(p.v);
+    if (i < rows) k[i] = qe.turn.get(p, p.k, ke, ko), qe.put(q + i * HEADS, p);
+    if (i < columns) v[i] = p.silu_v ? silu(ve.get(p.v), p.v.dtype) : ve.get(p.v);
     if (i >= M) continue;
-    const float g = ge.get(p.g), e = se.get(p.s);
+    const float e = se.get(p.s);
+    float g = ge.get(p.g);
+    if (p.gate_normalizer != 0) g = (fminf(g, 0.f) - log1pf(expf(-fabsf(g)))) / static_cast<float>(p.gate_normalizer);
     float a = 1.f, s = 0.f, next = z;
     if (p.g.ptr) {
       a = expf(g), s = p.s.ptr ? e : -expm1f(g);

@@ -7,8 +7,10 @@ from gsa_ext.hf.attention import GSAAttention
 from gsa_ext.hf.cache import GSACacheLayer, cache_bytes
 from gsa_ext.hf.convert import PRESETS, convert
 from gsa_ext.hf.families import FAMILIES, register
+from gsa_ext.hf.graph import decode_graph
 from gsa_ext.hf.model import GSAConfig, GSAForCausalLM, GSAModel
 
-__all__ = ["FAMILIES", "PRESETS", "GSAAttention", "GSACacheLayer", "GSAConfig", "GSAForCausalLM", "GSAModel", "cache_bytes", "convert", "register"]
+__all__ = ["FAMILIES", "PRESETS", "GSAAttention", "GSACacheLayer", "GSAConfig", "GSAForCausalLM", "GSAModel", "cache_bytes", "convert", "decode_graph",
+           "register"]
 
 register(GSAConfig, GSAModel, GSAForCausalLM)

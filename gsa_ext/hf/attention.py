@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Callable
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from gsa_ext.hf.cache import GSACacheLayer
-from gsa_ext.hf.rotary import is_half_rotation
+from gsa_ext.hf.rotary import is_half_rotation, is_half_rotation_to_the_bit
 from gsa_ext.hf.window import causal_attention, window_attention
-from gsa_ext.layer import RMSNorm, layer_state, log_gate, slot_attention
+from gsa_ext.layer import RMSNorm, Rotary, layer_state, slot_attention
 
 if TYPE_CHECKING:
     from gsa_ext.hf.families import Family
@@ -101,6 +102,7 @@ class GSAAttention(nn.Module):
         self._family = family
         self.apply_rotary = getattr(sys.modules[type(attention).__module__], family.rotary)
         self.rotates_halves = is_half_rotation(self.apply_rotary)
+        self.step_rotates = is_half_rotation_to_the_bit(self.apply_rotary)
         for name in (*family.modules, *family.norms):
             if hasattr(attention, name):
                 setattr(self, name, getattr(attention, name))
@@ -145,22 +147,24 @@ class GSAAttention(nn.Module):
         mask, cu_seqlens = tokens or (None, None)
         state = None if past_key_values is None else cast(GSACacheLayer, layer_state(past_key_values, self.layer_idx, GSACacheLayer))
         q, k, v = self._family.project(self, hidden_states)              # [B, T, heads, head_dim]
-        g = log_gate(self._gate_logits(hidden_states, k), self.settings["gate_logit_normalizer"])
-        keep_rope = self.settings["rope"] == "keep"
-        rotated = self._rotated(q, k, position_embeddings) if keep_rope or self.window is not None else (q, k)
+        gate_logits = self._gate_logits(hidden_states, k)
+        rotary = None
 
         beside = None
         if self.window is not None:
+            rotated = self._rotated(q, k, position_embeddings)
             past = None if state is None else state.window
             beside, kept = window_attention(
                 *rotated, v, self.window, self.softmax_scale, mask, past, cu_seqlens, keep=state is not None)      # type: ignore[misc]
             if state is not None:
                 state.window = kept
-        if keep_rope:
-            q, k = rotated
-        if self.settings["silu"]:
-            q, k, v = F.silu(q), F.silu(k), F.silu(v)
-        o = slot_attention(q, k, v, g, self.scale, mask, state, cu_seqlens)
+        if self.settings["rope"] == "keep":
+            if beside is None and self.rotates and self.step_rotates and position_embeddings is not None:
+                rotary = Rotary(position_embeddings[0], position_embeddings[1], lambda q, k: self._rotated(q, k, position_embeddings))
+            else:
+                q, k = self._rotated(q, k, position_embeddings) if beside is None else rotated
+        silu, normalizer = self.settings["silu"], self.settings["gate_logit_normalizer"]
+        o = slot_attention(q, k, v, gate_logits, normalizer, self.scale, mask, state, cu_seqlens, silu, silu, rotary)
         if beside is not None:
             share = self.settings["mix"] if self.window_mix is None else self.window_mix()
             o = torch.lerp(o, beside, share.to(o.dtype) if isinstance(share, Tensor) else share)
@@ -200,6 +204,7 @@ class GSAAttention(nn.Module):
         return f"heads={self.num_heads}/{self.num_kv_heads}, head_dim={self.head_dim}, num_slots={self.num_slots}{beside}"
 
 
+@functools.cache
 def _place(weight: Any, layer: nn.Module, config: Any) -> dict[str, Any]:
     """Device and dtype of new parameters: those of the projection ``weight`` or, where it is quantised, of the first norm in the decoder layer."""
     candidates = [weight, *(p for name, p in layer.named_parameters() if "norm" in name), *layer.parameters()]

@@ -24,6 +24,18 @@ def is_half_rotation(apply: Callable[..., tuple[Tensor, Tensor]]) -> bool:
         return all(a.shape == b.shape and torch.allclose(a.double(), b, rtol=0, atol=1e-5) for a, b in zip(found, want))
 
 
+@functools.cache
+def is_half_rotation_to_the_bit(apply: Callable[..., tuple[Tensor, Tensor]]) -> bool:
+    """Whether it is that with the roundings of bf16 as well, so that a kernel may do it instead (:class:`~gsa_ext.layer.Rotary`)."""
+    q, k, cos, sin = (torch.linspace(-2 - i, 3, 8, dtype=torch.bfloat16, device="cpu").view(1, 1, 1, 8) for i in range(4))
+    with torch.no_grad():
+        try:
+            found = apply(q, k, cos[0], sin[0], unsqueeze_dim=2)
+        except (TypeError, RuntimeError, ValueError, IndexError):
+            return False
+    return all(map(torch.equal, found, (x * cos + torch.cat([-x[..., 4:], x[..., :4]], -1) * sin for x in (q, k))))
+
+
 def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x ``[B, T, H, D]``; cos, sin ``[B or 1, T, n]``, n <= D: the first n dimensions are turned. Returns x's shape and dtype; cos and sin get no gradient."""
     return _Rotate.apply(x, cos[:, :, None], sin[:, :, None])

@@ -43,7 +43,7 @@ constexpr DType tile_dtype() {
   return Cfg::fp32 ? DType::f32 : std::is_same_v<typename Cfg::E, bf16> ? DType::bf16 : DType::f16;
 }
 
-struct Sequence {
+struct Sequence {                                         // of padding: no token
   int64_t n, begin, end, chunks, slot;                    // slot of its first chunk
   __device__ int64_t length() const { return end - begin; }
 };
@@ -51,6 +51,14 @@ struct Sequence {
 __device__ inline int64_t bound(const Params& p, int64_t n) {
   const int64_t x = p.cu_seqlens_64 ? static_cast<const int64_t*>(p.cu_seqlens)[n] : static_cast<const int32_t*>(p.cu_seqlens)[n];
   return min(max(x, int64_t(0)), p.T);                    // contents are not trusted: no token outside the tensors is ever addressed
+}
+
+// The row that sequence n has in the states, or -1: padding, which has none.
+template <class P>
+__device__ inline int64_t state_row(const P& p, int64_t n) {
+  if (!p.state_indices) return n;
+  const int64_t row = p.indices_64 ? static_cast<const int64_t*>(p.state_indices)[n] : static_cast<const int32_t*>(p.state_indices)[n];
+  return row >= 0 && row < p.P ? row : -1;
 }
 
 __device__ inline Sequence sequence(const Params& p, int64_t n, int C) {
@@ -62,6 +70,7 @@ __device__ inline Sequence sequence(const Params& p, int64_t n, int C) {
   } else {
     s.begin = 0, s.end = p.T;
   }
+  if (state_row(p, n) < 0) s.end = s.begin;
   s.chunks = (s.length() + C - 1) / C;
   s.slot = boundary_slot(p.cu_seqlens != nullptr, s.begin, p.T, n, C);
   return s;
@@ -117,6 +126,15 @@ __device__ inline void store_as(void* p, int64_t i, DType t, float x) {
   if (t == DType::f32) static_cast<float*>(p)[i] = x;
   else if (t == DType::bf16) static_cast<bf16*>(p)[i] = from_float<bf16>(x);
   else static_cast<half*>(p)[i] = from_float<half>(x);
+}
+
+// o of tokens first, first + 1, ... (`count` of them, all if -1) of sequence n, if it is padding, for one query head: 0.
+__device__ inline void zero_padding(const ForwardParams& p, int64_t n, int64_t q_head, int64_t first = 0, int64_t count = -1) {
+  if (state_row(p, n) >= 0) return;
+  const int64_t begin = p.cu_seqlens ? bound(p, n) : 0, end = p.cu_seqlens ? bound(p, n + 1) : p.T, batch = p.cu_seqlens ? 0 : n;
+  const int64_t last = count < 0 ? end : min(end, begin + first + count);
+  for (int64_t t = begin + max(first, int64_t(0)); t < last; ++t)
+    for (int v = threadIdx.x; v < p.V; v += blockDim.x) store_as(p.o.ptr, batch * p.o.batch + t * p.o.token + q_head * p.o.head + v, p.o.dtype, 0.f);
 }
 
 // Rows of one head: row i is at ptr + (base + i * step) elements.

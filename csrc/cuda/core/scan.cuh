@@ -153,7 +153,8 @@ __global__ __launch_bounds__(128, ScanShared<Cfg>::blocks_per_sm) void state_sca
   };
 
   // One element of a state tensor: Hk [K][M] or Hv [M][V] of this sequence and head.
-  const int64_t state = (n * p.H + head) * int64_t(D) * p.M;
+  const int64_t state_n = state_row(p, n), state = (state_n * p.H + head) * int64_t(D) * p.M;
+  if (state_n < 0) return;
   auto at = [&](int d, int m) { return values ? int64_t(m) * D + d : int64_t(d) * p.M + m; };
   if (const float* in = static_cast<const float*>(values ? a.hv_in : a.hk_in)) {
     if (a.in_broadcast) in += head * int64_t(D) * p.M;

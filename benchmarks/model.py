@@ -1,0 +1,275 @@
+"""A whole model, softmax attention against the same model converted: ms per generated token and memory by context and batch; tokens per second of training.
+
+Random weights in the shape of Llama 3.2 1B (hidden size 2048, 16 layers, 32 query heads, 8 key/value heads of 64, vocabulary 128256), bf16; ``--size tiny`` to
+try the script. Generation: transformers' ``generate``, greedy, from a cache that stands at ``context`` tokens (filled with random numbers, as reading a
+prompt is not what is timed): softmax attention with its StaticCache, the converted model (preset t2r) with the default cache. "eager": as it comes,
+compilation off. "graph": the step in a CUDA graph, ours by ``gsa_ext.hf.decode_graph``, that of the softmax model by the same means below.
+"forward": calls of the model alone in such a graph, without the rest of ``generate``. Training: forward and backward with gradient checkpointing.
+Prints as it goes, and starts nothing new after ``--seconds``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import itertools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+
+from benchmarks.__main__ import commit
+from gsa_ext.cli.info import facts
+from gsa_ext.hf import GSACacheLayer, cache_bytes, convert, decode_graph
+from gsa_ext.layer import layer_state
+
+SIZES = {
+    "1b": {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "intermediate_size": 8192,
+           "vocab_size": 128256, "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 128,
+             "vocab_size": 512, "tie_word_embeddings": True},
+}  # fmt: skip
+MODELS = ("softmax", "gsa")
+FEW, MANY = 8, 32                                                            # tokens; the time of the former is subtracted from that of the latter
+ROOM = 64                                                                    # in a static cache, beyond the context
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda; default: cuda where there is one")
+    parser.add_argument("--size", default="1b", choices=SIZES)
+    parser.add_argument("--parts", nargs="+", default=["generate", "train"], choices=["generate", "train"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 64])
+    parser.add_argument("--contexts", nargs="+", type=int, default=[1024, 8192, 65536])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 8192, 32768], help="of sequences to train on; the batch makes up the longest")
+    parser.add_argument("--seconds", type=float, default=80, help="start nothing new after so many")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="where the JSON and the plot go")
+    args = parser.parse_args()
+    end = time.monotonic() + args.seconds
+    about = {**facts(), "commit": commit(), "argv": " ".join(sys.argv[1:]), "date": time.strftime("%Y-%m-%d %H:%M")}
+    for name, value in about.items():
+        print(f"{name:<14}{value}")
+    print(flush=True)
+    torch.manual_seed(0)
+    device = torch.device(args.device)
+    softmax = build(args.size, device)
+    models = {"softmax": softmax, "gsa": convert(build(args.size, device))}
+    rows: list[dict[str, Any]] = []
+    work = []
+    if "generate" in args.parts:
+        hows = ("graph", "eager") if device.type == "cuda" else ("eager",)
+        work += [(generate, (how, B, context)) for B, context, how in itertools.product(args.batches, args.contexts, hows)]
+    if "train" in args.parts:
+        work += [(train, (max(args.lengths), T)) for T in args.lengths]
+    args.out.mkdir(parents=True, exist_ok=True)
+    stem = args.out / f"model-{device.type}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for measure, what in work:
+        for name in MODELS:
+            if time.monotonic() > end:
+                print(f"not run, out of time: {name} {measure.__name__} {what}", flush=True)
+                continue
+            row = {"model": name, "what": measure.__name__}
+            try:
+                row.update(measure(models[name], *what))
+            except torch.OutOfMemoryError as error:
+                row.update(zip(("how", "batch", "context"), what), failed=f"does not fit: {str(error).partition('.')[0]}")
+            print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+            rows.append(row)
+            stem.with_suffix(".json").write_text(json.dumps({"about": about, "size": SIZES[args.size], "rows": rows}, indent=1) + "\n")
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    plot(rows, about, stem.with_suffix(".png"))
+    print(f"\nwritten: {stem}.json, {stem}.png")
+    return 0
+
+
+def build(size: str, device: torch.device) -> Any:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with device:
+            return LlamaForCausalLM(LlamaConfig(**SIZES[size], max_position_embeddings=131072, bos_token_id=None, eos_token_id=None, pad_token_id=0)).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+# ------------------------------------------------------------------------------------------------------------ generation
+
+
+def filled(model: Any, B: int, context: int) -> tuple[Any, Callable[[], None]]:
+    """A cache that has seen ``context`` tokens, and what sets it back to that."""
+    config, where = model.config, {"device": model.device, "dtype": torch.float32}
+    H, D, dtype = config.num_key_value_heads, config.head_dim, model.dtype
+    cache: Any
+    if not hasattr(config, "gsa"):
+        cache = StaticCache(config, max_cache_len=context + ROOM)
+        for layer in cache.layers:
+            layer.lazy_initialization(*(torch.zeros(B, H, 1, D, device=model.device, dtype=dtype),) * 2)
+            layer.keys.normal_()
+            layer.values.normal_()
+        return cache, lambda: [layer.cumulative_length.fill_(context) for layer in cache.layers] and None
+    cache = DynamicCache()
+    layers = [layer_state(cache, i, GSACacheLayer) for i in range(config.num_hidden_layers)]
+    for layer in layers:
+        M = config.gsa["layers"]["0"]["num_slots"]
+        layer.restore({"hk": torch.randn(B, H, D, M, **where), "hv": torch.randn(B, H, M, D, **where)}, context)
+    return cache, lambda: [setattr(layer, "seen", context) for layer in layers] and None
+
+
+@contextmanager
+def static_graph(model: Any) -> Iterator[None]:
+    """decode_graph for a softmax model and one StaticCache."""
+    eager, own = model.forward, {}
+
+    @functools.wraps(eager)
+    def forward(**kwargs: Any) -> Any:
+        given = {name: x for name, x in kwargs.items() if isinstance(x, torch.Tensor)}
+        if given["input_ids"].shape[1] != 1:
+            return eager(**kwargs)
+        if not own:
+            own["inputs"], counters = {name: x.clone() for name, x in given.items()}, [layer.cumulative_length for layer in kwargs["past_key_values"].layers]
+            before, side, own["graph"] = [x.clone() for x in counters], torch.cuda.Stream(), torch.cuda.CUDAGraph()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                eager(**{**kwargs, **own["inputs"]})
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(own["graph"]):
+                own["out"] = eager(**{**kwargs, **own["inputs"]})
+            for x, value in zip(counters, before):
+                x.copy_(value)
+        for name, x in given.items():
+            own["inputs"][name].copy_(x)
+        own["graph"].replay()
+        return type(own["out"])(logits=own["out"].logits.clone(), past_key_values=kwargs["past_key_values"])
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
+
+
+@torch.no_grad()
+def generate(model: Any, how: str, B: int, context: int) -> dict[str, Any]:
+    """ms per token through ``generate``, and of the model alone."""
+    device, gsa, config = model.device, hasattr(model.config, "gsa"), model.config
+    row: dict[str, Any] = {"how": how, "batch": B, "context": context}
+    needed = config.num_hidden_layers * 4 * B * (context + ROOM) * config.num_key_value_heads * config.head_dim
+    if not gsa and device.type == "cuda" and needed > 0.5 * torch.cuda.get_device_properties(device).total_memory:
+        return {**row, "failed": f"does not fit: {needed / 1e9:.0f} GB of keys and values"}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        weights = torch.cuda.memory_allocated()
+    cache, reset = filled(model, B, context)
+    ids = torch.randint(1, config.vocab_size, (B, context + 1), device=device)
+    ones, position = torch.ones_like(ids), torch.full((B, 1), context, device=device)
+
+    def tokens(n: int) -> float:
+        reset()
+        synchronize(device)
+        start = time.perf_counter()
+        model.generate(ids, attention_mask=ones, past_key_values=cache, max_new_tokens=n, do_sample=False, disable_compile=True)
+        synchronize(device)
+        return time.perf_counter() - start
+
+    def alone(n: int) -> float:
+        mask = ones[:, -1:] if gsa else torch.ones(B, 1, 1, context + ROOM, dtype=torch.bool, device=device)
+        reset()
+        start = time.perf_counter()
+        for _ in range(n):
+            model(input_ids=ids[:, -1:], position_ids=position, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        synchronize(device)
+        return time.perf_counter() - start
+
+    with nullcontext() if how == "eager" else decode_graph(model) if gsa else static_graph(model):
+        tokens(3)
+        few, many = tokens(FEW), tokens(MANY)
+        if many < 2:
+            few, many = min(few, tokens(FEW)), min(many, tokens(MANY))
+        per_token = (many - few) / (MANY - FEW)
+    if how == "graph":                                                       # another mask, and so another recording
+        with decode_graph(model) if gsa else static_graph(model):
+            alone(3)
+            row["forward_ms"] = 1e3 * min(alone(10) for _ in range(3)) / 10
+    row.update(ms_per_token=1e3 * per_token, tokens_per_s=B / per_token, cache_MB=cache_bytes(cache) / 1e6)
+    if device.type == "cuda":
+        row["peak_MB_beyond_weights"] = (torch.cuda.max_memory_allocated() - weights) / 1e6
+    return row
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def train(model: Any, tokens: int, T: int) -> dict[str, Any]:
+    """Tokens per second, forward and backward, ``tokens // T`` sequences of T tokens."""
+    device, B = model.device, max(1, tokens // T)
+    ids = torch.randint(1, model.config.vocab_size, (B, T), device=device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        weights = torch.cuda.memory_allocated()
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def step() -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        synchronize(device)
+        return time.perf_counter() - start
+
+    try:
+        step()
+        seconds = step()
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.gradient_checkpointing_disable()
+        model.eval()
+    row = {"batch": B, "context": T, "tokens_per_s": B * T / seconds, "seconds": seconds}
+    if device.type == "cuda":
+        row["peak_MB_beyond_weights"] = (torch.cuda.max_memory_allocated() - weights) / 1e6
+    return row
+
+
+def plot(rows: list[dict[str, Any]], about: dict[str, str], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    kinds = list(dict.fromkeys((row["what"], row["batch"] if row["what"] == "generate" else 0) for row in rows))
+    figure, axes = pyplot.subplots(1, len(kinds), figsize=(5 * len(kinds), 4), squeeze=False)
+    for axis, (what, batch) in zip(axes[0], kinds):
+        value = "ms_per_token" if what == "generate" else "tokens_per_s"
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for row in rows:
+            if row["what"] == what and value in row and batch in (0, row["batch"]):
+                lines.setdefault(f"{row['model']} {row.get('how', '')}", []).append((row["context"], row[value]))
+        for name, points in lines.items():
+            axis.plot(*zip(*sorted(points)), marker="o", label=name)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xlabel("context" if what == "generate" else "tokens in a sequence")
+        axis.set_ylabel("ms per token" if what == "generate" else "tokens per second")
+        axis.set_title(f"generate, batch {batch}" if what == "generate" else "training", fontsize=10)
+        axis.legend()
+        axis.grid(alpha=0.3)
+    figure.suptitle(f"{about.get('cuda:0', about['cpu']).split(',')[0]}, torch {torch.__version__}", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
