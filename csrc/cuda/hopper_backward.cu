@@ -468,7 +468,7 @@ __global__ __launch_bounds__(384, 1) void backward_kernel(const __grid_constant_
   }
   __syncthreads();
   Chunk c;
-  c.seq = sequence(p, n, kChunk);
+  c.seq = sequence<false>(p, n, kChunk);
 
   if (role == 0) {
     give_registers<104>();

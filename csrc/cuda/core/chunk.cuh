@@ -61,6 +61,8 @@ __device__ inline int64_t state_row(const P& p, int64_t n) {
   return row >= 0 && row < p.P ? row : -1;
 }
 
+// pool = false: there is no pool, nothing is padding.
+template <bool pool = true>
 __device__ inline Sequence sequence(const Params& p, int64_t n, int C) {
   Sequence s;
   s.n = n;
@@ -70,7 +72,8 @@ __device__ inline Sequence sequence(const Params& p, int64_t n, int C) {
   } else {
     s.begin = 0, s.end = p.T;
   }
-  if (state_row(p, n) < 0) s.end = s.begin;
+  if constexpr (pool)
+    if (state_row(p, n) < 0) s.end = s.begin;
   s.chunks = (s.length() + C - 1) / C;
   s.slot = boundary_slot(p.cu_seqlens != nullptr, s.begin, p.T, n, C);
   return s;
