@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
 from collections.abc import Callable
@@ -204,7 +203,6 @@ class GSAAttention(nn.Module):
         return f"heads={self.num_heads}/{self.num_kv_heads}, head_dim={self.head_dim}, num_slots={self.num_slots}{beside}"
 
 
-@functools.cache
 def _place(weight: Any, layer: nn.Module, config: Any) -> dict[str, Any]:
     """Device and dtype of new parameters: those of the projection ``weight`` or, where it is quantised, of the first norm in the decoder layer."""
     candidates = [weight, *(p for name, p in layer.named_parameters() if "norm" in name), *layer.parameters()]
