@@ -94,12 +94,15 @@ def pools(device):
                 turn = row["q"][:, 0, :12], row["q"][:, 1, :12]
                 o = torch.ops.gsa.step(row["q"], row["k"], row["v"], None, row["g"], hk, hv, None, None, where, mask, 8.0, *turn, True, True)
                 assert o[[1, 2, 4]].eq(0).all() and o[[0, 3]].isfinite().all()
-    for dtype, mode, op in itertools.product((FP32, BF16), ("given", "coupled", "abc"), (chunk_gsa, fused_recurrent_gsa)):
-        small = {"HQ": 4, "H": 2, "K": 20, "V": 36, "M": 10, "mode": mode, "dtype": dtype, "device": device}
+    for dtype, mode, op, hopper in itertools.product((FP32, BF16), ("given", "coupled", "abc"), (chunk_gsa, fused_recurrent_gsa), (False, True)):
+        os.environ["GSA_KERNELS"] = "hopper" if hopper else "portable"
+        K, V, M = (64, 64, 16) if hopper else (20, 36, 10)
+        small = {"HQ": 4, "H": 2, "K": K, "V": V, "M": M, "mode": mode, "dtype": dtype, "device": device}
         pool = make_inputs(7, 1, **small, initial_state=True)["initial_state"]
         where = torch.tensor([6, -1, 0, 3, -1 if device == "cpu" else 99], device=device)
         for x in (make_inputs(5, 33, **small), make_inputs(lengths=[70, 3, 0, 1, 9], **small)):
             assert op(**x, initial_state=pool, state_indices=where)[0].isfinite().all()
+        del os.environ["GSA_KERNELS"]
 
 
 def main() -> int:
