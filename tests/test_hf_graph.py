@@ -79,7 +79,8 @@ def test_generate(name, device, counts):
     assert not counts["replayed"]
     with decode_graph(model):
         got = run()
-    assert counts["recorded"] == 4 and counts["replayed"] >= 6 * len(calls)       # batches of 1, 2, 4 and 6
+    # batches of 1, 2, 4 and 6; where transformers makes up no mask for a call that came without, that is another kind of step
+    assert 4 <= counts["recorded"] <= 5 and counts["replayed"] >= 6 * len(calls)
     for (tokens, logits), (other, others) in zip(want, got):
         assert torch.equal(tokens, other) and torch.equal(logits, others)
     assert "forward" not in vars(model)
