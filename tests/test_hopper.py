@@ -83,6 +83,39 @@ def test_same_bits_again_and_at_any_checkpoint_level(cuda):
             assert torch.equal(runs[0][name], other[name]), name
 
 
+@pytest.fixture
+def automatic(hopper, monkeypatch):
+    """What a few heads get by themselves: backward in parts, the chunks beside each other."""
+    monkeypatch.delenv("GSA_KERNELS")
+
+
+@pytest.mark.parametrize("mode", ["coupled", "given"])
+@pytest.mark.parametrize("gate", [8.0, 0.1, "-inf"])
+@pytest.mark.parametrize("dtype,D,r", [(BF16, 64, 1), (BF16, 128, 1), (BF16, 64, 3), (BF16, 128, 4), (FP16, 128, 2)])
+def test_backward_in_parts(dtype, D, r, gate, mode, cuda, automatic):
+    x = make_inputs(2, 150, 2 * r, 2, D, D, 40, mode=mode, gate=gate, dtype=dtype, device=cuda, initial_state=True)
+    assert any("keys_kernel" in name for name in kernels_of(lambda: testing.results(chunk_gsa, x)))
+    check(chunk_gsa, x)
+
+
+@pytest.mark.parametrize("r", [1, 3])
+@pytest.mark.parametrize("D", [64, 128])
+def test_strong_gates_in_one_head_of_one_sequence(D, r, cuda, automatic):
+    """Only that head leaves the parts that work on whole chunks; many heads of a block, and half of the sequences at a time."""
+    x = make_inputs(4, 130, 16 * r, 16, D, D, 64, mode="given", dtype=BF16, device=cuda, initial_state=True)
+    x["g"][1, 70:, 3] *= 200
+    check(chunk_gsa, x)
+
+
+@pytest.mark.parametrize("r", [1, 3])
+def test_parts_same_bits_at_any_checkpoint_level(r, cuda, automatic):
+    for gate in (8.0, 0.1):
+        x = make_inputs(2, 200, 2 * r, 2, 128, 128, 64, gate=gate, dtype=BF16, device=cuda, initial_state=True)
+        runs = [testing.results(lambda **y: chunk_gsa(**y, checkpoint_level=level), x) for level in (2, 2, 0)]  # noqa: B023
+        for name, other in itertools.product(runs[0], runs[1:]):
+            assert torch.equal(runs[0][name], other[name]), name
+
+
 def test_slices_of_a_fused_projection(cuda):
     """q, k, v as slices of one tensor give the bits of tensors of their own; a cotangent at an odd address too."""
     x = make_inputs(2, 100, 2, 2, 64, 64, 32, dtype=BF16, device=cuda)

@@ -12,6 +12,7 @@
 #include "core/select.cuh"
 #include "core/tile_io.cuh"
 #include "hopper.h"
+#include <algorithm>
 #include "states.h"
 
 namespace gsa::cuda {
@@ -121,10 +122,16 @@ int64_t states_workspace(const Params& p) { return state_plan(p).bytes; }
 
 // On Hopper every query head of a group starts from the group's states by itself: in a pool, they must not be written before all have read them.
 bool states_beside(const Params& p) { return p.state_indices && p.HQ > p.H; }
+int64_t beside_workspace(const Params& p) { return states_beside(p) ? arena(p.N * p.H * (p.K + p.V) * p.M, 4) : 0; }
+// Backward may find the boundary states here or make them again: by the same kernels, to the bit.
+int64_t boundary_workspace(const Params& p) { return p.boundary && !hopper_fuses(p) ? arena(hopper_gates_bytes(p), 1) + p.N * p.H * 4 : 0; }
 
 int64_t forward_workspace(const Params& p) {
-  if (hopper_takes(p)) return states_beside(p) ? p.N * p.H * (p.K + p.V) * p.M * 4 : 0;
-  return states_workspace(p);
+  if (!hopper_takes(p)) return states_workspace(p);
+  if (hopper_walks(p)) return beside_workspace(p) + boundary_workspace(p);
+  Params without = p;
+  without.boundary = nullptr;
+  return std::max(states_workspace(without), boundary_workspace(p));
 }
 
 States forward_states(const Params& p, void* hkT, void* hvT, bool recompute) {
@@ -152,14 +159,20 @@ States forward_states(const Params& p, void* hkT, void* hvT, bool recompute) {
 
 void chunk_forward(const ForwardParams& p) {
   require_device();
-  if (hopper_takes(p)) {
-    ForwardParams h = p;
-    if (states_beside(p)) h.hkT = p.workspace, h.hvT = static_cast<float*>(p.workspace) + p.N * p.H * p.K * p.M;
-    hopper_forward(h, p.boundary);
-    if (states_beside(p)) states_to_pool(p, h.hkT, h.hvT);
+  ForwardParams x = p;
+  if (p.boundary && hopper_takes(p) && !hopper_fuses(p)) {   // before anything that may write the states into a pool
+    char* base = static_cast<char*>(p.workspace) + (hopper_walks(p) ? beside_workspace(p) : 0);
+    hopper_gates(p, base);
+    hopper_states(p, base, p.boundary, reinterpret_cast<int*>(base + arena(hopper_gates_bytes(p), 1)));
+    x.boundary = nullptr;
+  }
+  if (hopper_walks(p)) {
+    if (states_beside(p)) x.hkT = p.workspace, x.hvT = static_cast<float*>(p.workspace) + p.N * p.H * p.K * p.M;
+    hopper_forward(x, x.boundary);
+    if (states_beside(p)) states_to_pool(p, x.hkT, x.hvT);
     return;
   }
-  const States s = forward_states(p, p.hkT, p.hvT, true);
+  const States s = forward_states(x, p.hkT, p.hvT, true);
   select_config(p, [&]<class Cfg>() {
     const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, Cfg::C);
     launch("chunk_output", chunk_output<Cfg>, slots * p.HQ, Cfg::threads, RowsShared<Cfg>::bytes, p.stream, p, static_cast<const void*>(s.boundary),

@@ -138,11 +138,12 @@ __device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary
 
 // pool: apart, because the few registers more make the windows' warpgroup spill, which halves the speed.
 template <class E, int D, bool pool>
-__global__ __launch_bounds__(512, 1) void forward_kernel(const __grid_constant__ ForwardParams p, E* boundary) {
+__global__ __launch_bounds__(512, 1) void forward_kernel(const __grid_constant__ ForwardParams p, E* boundary, const int* cut) {
 #if GSA_HOPPER
   extern __shared__ __align__(1024) char memory[];
   auto& m = *reinterpret_cast<ForwardShared<E, D>*>(memory);
   const int64_t q_head = blockIdx.x % p.HQ, n = blockIdx.x / p.HQ, head = q_head / (p.HQ / p.H);
+  if (cut && !cut[n * p.H + head]) return;
   if constexpr (pool)
     if (state_row(p, n) < 0) return zero_padding(p, n, q_head);
   const int role = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), tid = threadIdx.x % 128;
@@ -163,15 +164,16 @@ __global__ __launch_bounds__(512, 1) void forward_kernel(const __grid_constant__
   if (role == 0) {  // windows
     give_registers<128>();
     GateMaker<E, 16> gates(m.scratch, tid, 1);
-    typename GateMaker<E, 16>::Raw raw;
     Turn turn;
-    c.select(p, 0, kChunk);
-    if (chunks) gates.fetch(raw, p, c, head);
     for (int64_t i = 0; i < chunks; ++i) {
+      if (i + 1 < chunks) {
+        c.select(p, i + 1, kChunk);
+        gates.prefetch(p, c, head);
+      }
       c.select(p, i, kChunk);
       uint64_t starts = 0;
       for (int begin = 0; begin < c.length;) {
-        gates.load(raw, p, c, head);
+        gates.load(p, c, head);
         const uint64_t later = begin == 63 ? 0 : starts & ~((2ull << begin) - 1);
         const int end = later ? __ffsll(later) - 1 : c.length;
         float before[2], total[2];
@@ -179,11 +181,6 @@ __global__ __launch_bounds__(512, 1) void forward_kernel(const __grid_constant__
         if (!starts) {
           starts = gates.safe(total) ? 1 : gates.cut(c.length);
           if (starts != 1) continue;
-        }
-        if (end == c.length && i + 1 < chunks) {  // the next chunk's gates are on their way meanwhile
-          Chunk next = c;
-          next.select(p, i + 1, kChunk);
-          gates.fetch(raw, p, next, head);
         }
         gates.make(begin, end, before, total);
         Window<E>& w = m.windows[turn.i];
@@ -233,19 +230,21 @@ bool pairs(const Params& p, const View& x) {
 }  // namespace
 
 bool hopper_takes(const Params& p) {
-  const Kernels wanted = wanted_kernels();
-  const int64_t blocks = p.N * p.HQ, at_once = hopper_multiprocessors();
-  if (!at_once || wanted == Kernels::portable || p.math == Math::exact) return false;
+  if (!hopper_multiprocessors() || wanted_kernels() == Kernels::portable || p.math == Math::exact) return false;
   if (!(p.q.dtype == DType::bf16 || p.q.dtype == DType::f16) || p.K != p.V || !(p.K == 64 || p.K == 128) || p.M > kSlots || p.M % 8) return false;
-  if (!(aligned(p.q) && aligned(p.k) && aligned(p.v) && pairs(p, p.g) && pairs(p, p.s))) return false;
-  // A block walks over a whole sequence: with few of them the portable kernels, which cut it into chunks, use more of the GPU.
-  return wanted == Kernels::hopper || blocks * 10 >= ceil_div(blocks, at_once) * at_once * 7;
+  return aligned(p.q) && aligned(p.k) && aligned(p.v) && pairs(p, p.g) && pairs(p, p.s);
 }
 
-void hopper_forward(const ForwardParams& p, void* boundary) {
+// With few blocks the portable kernels, which cut a sequence into chunks, use more of the GPU.
+bool hopper_walks(const Params& p) {
+  if (!hopper_takes(p)) return false;
+  const int64_t blocks = p.N * p.HQ, at_once = hopper_multiprocessors();
+  return wanted_kernels() == Kernels::hopper || blocks * 10 >= ceil_div(blocks, at_once) * at_once * 7;
+}
+void hopper_forward(const ForwardParams& p, void* boundary, const int* cut) {
   select_hopper(p, [&]<class E, int D>() {
     const auto kernel = p.state_indices ? forward_kernel<E, D, true> : forward_kernel<E, D, false>;
-    launch("hopper_forward", kernel, p.N * p.HQ, 512, sizeof(ForwardShared<E, D>), p.stream, p, static_cast<E*>(boundary));
+    launch("hopper_forward", kernel, p.N * p.HQ, 512, sizeof(ForwardShared<E, D>), p.stream, p, static_cast<E*>(boundary), cut);
   });
 }
 

@@ -110,7 +110,7 @@ __device__ inline bool find_chunk(const Params& p, int64_t slot, int C, Chunk& c
     }
     n = lo;
   } else {
-    n = slot / (p.T / C + 2);
+    n = static_cast<uint32_t>(slot) / static_cast<uint32_t>(p.T / C + 2);   // a block each: 31 bits
   }
   c.seq = sequence(p, n, C);
   const int64_t i = slot - c.seq.slot;

@@ -12,6 +12,7 @@
 // the window have R = S = 0: the kernels do one window after the other over the same tiles of 64 tokens. One form for all gates, nothing is clamped.
 #pragma once
 #include "chunk.cuh"
+#include "../hopper.h"
 #include "tile_io.cuh"
 
 namespace gsa::cuda::hopper {
@@ -62,6 +63,22 @@ __device__ inline void arrive_warp(uint64_t* barrier) {
   if (lane_id() == 0) arrive(barrier);
 }
 
+// Bulk copies of whole tiles: to shared memory, counted by a barrier that is told how many bytes to expect; to memory, in groups of the thread.
+__device__ inline void arrive_expecting(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(barrier)), "r"(bytes) : "memory");
+}
+__device__ inline void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(address(to)), "l"(from), "r"(bytes),
+               "r"(address(barrier))
+               : "memory");
+}
+__device__ inline void bulk_store(void* to, const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(address(from)), "r"(bytes) : "memory");
+}
+__device__ inline void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// What the groups of this thread read may be overwritten.
+__device__ inline void bulk_wait() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
 template <int registers>
 __device__ inline void give_registers() {
 #if GSA_HOPPER
@@ -95,6 +112,8 @@ __device__ inline Operand mnmajor(const void* tiles) { return {descriptor(tiles,
 #define GSA_ACC4(c, i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
 #define GSA_ACC32(c, i) \
   GSA_ACC4(c, i), GSA_ACC4(c, i + 1), GSA_ACC4(c, i + 2), GSA_ACC4(c, i + 3), GSA_ACC4(c, i + 4), GSA_ACC4(c, i + 5), GSA_ACC4(c, i + 6), GSA_ACC4(c, i + 7)
+#define GSA_ACC16(c) GSA_ACC4(c, 0), GSA_ACC4(c, 1), GSA_ACC4(c, 2), GSA_ACC4(c, 3)
+#define GSA_REGS16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define GSA_REGS32                                                                                                                                    \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, " \
   "%31"
@@ -112,7 +131,11 @@ __device__ inline Operand mnmajor(const void* tiles) { return {descriptor(tiles,
 template <class E, int NT, int TA, int TB>
 __device__ inline void wgmma(float (&c)[NT][4], uint64_t a, uint64_t b, int add) {
 #if GSA_HOPPER
-  if constexpr (NT == 8) {
+  if constexpr (NT == 4) {
+    if constexpr (std::is_same_v<E, bf16>)
+      GSA_WGMMA_SS("m64n32k16", "bf16", GSA_REGS16, "%16", "%17", "%18", "%19", "%20", : GSA_ACC16(c) : "l"(a), "l"(b), "r"(add), "n"(TA), "n"(TB));
+    else GSA_WGMMA_SS("m64n32k16", "f16", GSA_REGS16, "%16", "%17", "%18", "%19", "%20", : GSA_ACC16(c) : "l"(a), "l"(b), "r"(add), "n"(TA), "n"(TB));
+  } else if constexpr (NT == 8) {
     if constexpr (std::is_same_v<E, bf16>)
       GSA_WGMMA_SS("m64n64k16", "bf16", GSA_REGS32, "%32", "%33", "%34", "%35", "%36", : GSA_ACC32(c, 0) : "l"(a), "l"(b), "r"(add), "n"(TA), "n"(TB));
     else GSA_WGMMA_SS("m64n64k16", "f16", GSA_REGS32, "%32", "%33", "%34", "%35", "%36", : GSA_ACC32(c, 0) : "l"(a), "l"(b), "r"(add), "n"(TA), "n"(TB));
@@ -130,7 +153,14 @@ __device__ inline void wgmma(float (&c)[NT][4], uint64_t a, uint64_t b, int add)
 template <class E, int NT, int TB>
 __device__ inline void wgmma(float (&c)[NT][4], const uint32_t (&a)[4], uint64_t b) {
 #if GSA_HOPPER
-  if constexpr (NT == 8) {
+  if constexpr (NT == 4) {
+    if constexpr (std::is_same_v<E, bf16>)
+      GSA_WGMMA_RS("m64n32k16", "bf16", GSA_REGS16, "{%16, %17, %18, %19}", "%20", "%21", : GSA_ACC16(c) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),
+                   "n"(TB));
+    else
+      GSA_WGMMA_RS("m64n32k16", "f16", GSA_REGS16, "{%16, %17, %18, %19}", "%20", "%21", : GSA_ACC16(c) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),
+                   "n"(TB));
+  } else if constexpr (NT == 8) {
     if constexpr (std::is_same_v<E, bf16>)
       GSA_WGMMA_RS("m64n64k16", "bf16", GSA_REGS32, "{%32, %33, %34, %35}", "%36", "%37", : GSA_ACC32(c, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]),
                    "l"(b), "n"(TB));
@@ -194,18 +224,24 @@ template <class E>
 __device__ inline uint32_t place(const E* tile, int r, int c) {
   return kept(static_cast<int>(address(tile) + r * 128 + ((r & 7) << 4) + c * 2));
 }
+// Columns from `column` (0, 32, 64 ..) on of a matrix of tiles, as an mnmajor operand.
+template <class E>
+__device__ inline const E* columns(const E* tiles, int column) {
+  return tiles + column / 64 * kTile + column % 64;
+}
+// Of an fp32 tile [64][64] whose 8-byte accesses by accumulators have no conflicts.
+__device__ inline int R_at(int row, int column) { return row * 64 + (column ^ ((row & 7) << 3)); }
 // *p, or 0: a load and no branch.
 __device__ inline void load_if(bool valid, const void* p, uint32_t& x) {
   asm volatile("{\n.reg .pred valid;\nsetp.ne.u32 valid, %2, 0;\nmov.u32 %0, 0;\n@valid ld.global.nc.b32 %0, [%1];\n}" : "=r"(x) : "l"(p), "r"(int(valid)));
 }
 
-// Two neighbouring elements of 16 bits; `offset` bytes further on.
+// Two neighbouring elements of 16 bits in shared memory; `offset` bytes further on.
 template <class E, int offset = 0>
 __device__ inline float2 pair_at(uint32_t p) {
   uint32_t x;
   asm volatile("ld.shared.b32 %0, [%1 + %2];" : "=r"(x) : "r"(p), "n"(offset) : "memory");
-  if constexpr (std::is_same_v<E, bf16>) return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
-  else return __half22float2(*reinterpret_cast<const half2*>(&x));
+  return unpack<E>(x);
 }
 // The sum of a tile and of the one after it: a value in two parts.
 template <class E>
@@ -228,14 +264,26 @@ __device__ inline void load_tokens(E* tiles, const Rows& src, int rows, int tid)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
   }
 }
+// As far as the L2. Whole 16 bytes.
+__device__ inline void prefetch(const void* p, uint32_t bytes) { asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory"); }
+__device__ inline void prefetch_line(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+// 64 tokens of a head, `rows` of them. A line for each thread: one thread's bulk copies of rows come one after the other.
+template <int D, int THREADS, class E>
+__device__ inline void prefetch_tokens(const E*, const Rows& src, int rows, int tid) {
+  constexpr int lines = D * 2 / 128;
+#pragma unroll
+  for (int x = tid; x < 64 * lines; x += THREADS)
+    if (x / lines < rows) prefetch_line(static_cast<const E*>(src.ptr) + src.at(x / lines) + x % lines * 64);
+}
 // A boundary state [D][M], zero from slot M on.
-template <int D, class E>
+template <int D, int THREADS, class E>
 __device__ inline void load_state(E* tile, const E* src, int M, int tid) {
+  constexpr int down = THREADS / 8;
   const int r = kept(tid) / 8, c = tid % 8 * 8, bytes = c < M ? 16 : 0;
   uint32_t to = address(at(tile, r, c));
   const E* from = kept(src + r * M + (c < M ? c : 0));
 #pragma unroll 4
-  for (int k = 0; k < D / 16; ++k, to += 2048, from += 16 * M)
+  for (int k = 0; k < D / down; ++k, to += down * 128, from += down * M)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 template <int D, class E>
@@ -259,22 +307,29 @@ __device__ inline void stmatrix4_trans(void* p, uint32_t a, uint32_t b, uint32_t
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address(p)), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 #endif
 }
-template <class E>
-__device__ inline void store_operand(E* tile, const typename Arith<E>::template Op<64>& x, int warp) {
-  const uint32_t p = place(tile, warp * 16 + (lane_id() & 15), 0) ^ (lane_id() >> 4 << 4);
-#pragma unroll
-  for (int k = 0; k < 4; ++k) stmatrix4(p ^ (k * 32), x.r[k][0], x.r[k][1], x.r[k][2], x.r[k][3]);
+// columns: the first one, 0 or 32.
+__device__ inline void load_matrix4(uint32_t (&x)[4], uint32_t p) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(p) : "memory");
 }
-template <class E>
-__device__ inline typename Arith<E>::template Op<64> operand(const float (&x)[8][4]) {
-  typename Arith<E>::template Op<64> r;
-  Arith<E>::template from_acc<64>(r, x, nullptr, 0);
+__device__ inline void load_matrix4_trans(uint32_t (&x)[4], uint32_t p) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(p) : "memory");
+}
+template <class E, class Op>
+__device__ inline void store_operand(E* tile, const Op& x, int warp, int column = 0) {
+  const uint32_t p = place(tile, warp * 16 + (lane_id() & 15), 0) ^ (lane_id() >> 4 << 4) ^ (column * 2);
+#pragma unroll
+  for (int k = 0; k < static_cast<int>(sizeof(x.r) / 16); ++k) stmatrix4(p ^ (k * 32), x.r[k][0], x.r[k][1], x.r[k][2], x.r[k][3]);
+}
+template <class E, int NT>
+__device__ inline typename Arith<E>::template Op<NT * 8> operand(const float (&x)[NT][4]) {
+  typename Arith<E>::template Op<NT * 8> r;
+  Arith<E>::template from_acc<NT * 8>(r, x, nullptr, 0);
   return r;
 }
-template <class E>
-__device__ inline typename Arith<E>::template Split<64> split(const float (&x)[8][4]) {
-  typename Arith<E>::template Split<64> r;
-  Arith<E>::template from_acc_split<64>(r, x, nullptr, 0);
+template <class E, int NT>
+__device__ inline typename Arith<E>::template Split<NT * 8> split(const float (&x)[NT][4]) {
+  typename Arith<E>::template Split<NT * 8> r;
+  Arith<E>::template from_acc_split<NT * 8>(r, x, nullptr, 0);
   return r;
 }
 // A state in registers, rows = slots, columns = dimensions, into the tile [D][64] of its transpose.
@@ -362,24 +417,10 @@ struct GateMaker {
   __device__ GateMaker(Scratch& shared, int tid, int barrier)
       : scratch(shared), warp(__shfl_sync(0xffffffffu, tid / 32, 0)), lane(tid % 32), barrier(barrier) {}
 
-  // 16-bit gates on their way to registers; those of fp32 are loaded when they are needed.
-  struct Raw {
-    uint32_t g[ROWS], s[ROWS];
-  };
-  __device__ void fetch(Raw& raw, const Params& p, const Chunk& c, int64_t head) const {
-    fetch(raw.g, p, rows_of(p.g, c, head), c.length);
-    fetch(raw.s, p, rows_of(p.s, c, head), c.length);
-  }
-  // Without anything in between.
   __device__ void load(const Params& p, const Chunk& c, int64_t head) {
-    Raw raw;
-    fetch(raw, p, c, head);
-    load(raw, p, c, head);
-  }
-  __device__ void load(const Raw& raw, const Params& p, const Chunk& c, int64_t head) {
-    unpack(g, raw.g, p, rows_of(p.g, c, head), c.length);
+    load(g, p, rows_of(p.g, c, head), c.length);
     if (p.s.ptr) {
-      unpack(s, raw.s, p, rows_of(p.s, c, head), c.length);
+      load(s, p, rows_of(p.s, c, head), c.length);
     } else {
 #pragma unroll
       for (int i = 0; i < ROWS; ++i)
@@ -389,16 +430,16 @@ struct GateMaker {
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) g[i][0] *= 1.4426950408889634f, g[i][1] *= 1.4426950408889634f;
   }
-  __device__ int rows_here(const Params& p, int length) const { return 2 * lane < p.M ? length - warp * ROWS : 0; }
-  __device__ void fetch(uint32_t (&raw)[ROWS], const Params& p, const Rows& src, int length) const {
-    const int rows = src.ptr && src.dtype != DType::f32 ? rows_here(p, length) : 0;
-    const uint16_t* q = kept(static_cast<const uint16_t*>(src.ptr) + src.at(warp * ROWS) + 2 * lane);
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i, q += src.step) load_if(i < rows, q, raw[i]);
+  // As far as the L2: registers that wait for them would be spilled.
+  __device__ void prefetch(const Params& p, const Chunk& c, int64_t head) const {
+    for (int i = warp * 32 + lane; i < 2 * c.length; i += warps * 32)
+      if (const Rows src = rows_of(i & 1 ? p.s : p.g, c, head); src.ptr)
+        prefetch_line(static_cast<const char*>(src.ptr) + src.at(i >> 1) * element_size(src.dtype));
   }
-  __device__ void unpack(float (&x)[ROWS][2], const uint32_t (&raw)[ROWS], const Params& p, const Rows& src, int length) const {
+  __device__ int rows_here(const Params& p, int length) const { return 2 * lane < p.M ? length - warp * ROWS : 0; }
+  __device__ void load(float (&x)[ROWS][2], const Params& p, const Rows& src, int length) const {
+    const int rows = rows_here(p, length);
     if (src.dtype == DType::f32) {
-      const int rows = rows_here(p, length);
       const float* q = kept(static_cast<const float*>(src.ptr) + src.at(warp * ROWS) + 2 * lane);
 #pragma unroll
       for (int i = 0; i < ROWS; ++i, q += src.step) {
@@ -407,14 +448,14 @@ struct GateMaker {
         x[i][0] = __uint_as_float(a), x[i][1] = __uint_as_float(b);
       }
     } else {                                               // hopper_takes: of E
+      uint32_t raw[ROWS];
+      const uint16_t* q = kept(static_cast<const uint16_t*>(src.ptr) + src.at(warp * ROWS) + 2 * lane);
+#pragma unroll
+      for (int i = 0; i < ROWS; ++i, q += src.step) load_if(i < rows, q, raw[i]);
 #pragma unroll
       for (int i = 0; i < ROWS; ++i) {
-        if constexpr (std::is_same_v<E, bf16>) {
-          x[i][0] = __uint_as_float(raw[i] << 16), x[i][1] = __uint_as_float(raw[i] & 0xffff0000u);
-        } else {
-          const float2 v = __half22float2(*reinterpret_cast<const half2*>(&raw[i]));
-          x[i][0] = v.x, x[i][1] = v.y;
-        }
+        const float2 v = unpack<E>(raw[i]);
+        x[i][0] = v.x, x[i][1] = v.y;
       }
     }
   }
@@ -490,22 +531,33 @@ struct GateMaker {
   }
   __device__ void store(Window<E>& w, const float (&total)[2]) const {
     float* R = w.R + warp * ROWS * ldr + 2 * lane;
-    const uint32_t to = place(w.S[0], warp * ROWS, (lane & 3) * 2), piece = kept(lane >> 2 << 4);
+    const uint32_t to = first_S(w.S[0]), piece = piece_S();
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
       *reinterpret_cast<float2*>(R + i * ldr) = make_float2(g[i][0], g[i][1]);
-      uint32_t hi, lo;
-      Arith<E>::split_pair(s[i][0], s[i][1], hi, lo);
-      asm volatile("st.shared.b32 [%0], %1;\nst.shared.b32 [%0 + %3], %2;" ::"r"(to + i * 128 + (piece ^ ((i & 7) << 4))), "r"(hi), "r"(lo), "n"(kTile * 2)
-                   : "memory");
+      store_S(to, piece, i);
     }
-    if (warp == 0) {
-      const float2 first = *reinterpret_cast<const float2*>(scratch.first + 2 * lane);
-      const float ref[2] = {0.5f * total[0], 0.5f * total[1]};
-      *reinterpret_cast<float2*>(w.start + 2 * lane) = make_float2(exp2f(first.x), exp2f(first.y));
-      *reinterpret_cast<float2*>(w.in + 2 * lane) = make_float2(exp2f(first.x + ref[0]), exp2f(first.y + ref[1]));
-      *reinterpret_cast<float2*>(w.out + 2 * lane) = make_float2(exp2f(total[0] - ref[0]), exp2f(total[1] - ref[1]));
-    }
+    if (warp == 0) store_edges(w.start, w.in, w.out, total);
+  }
+  // S of row i, in two parts.
+  __device__ uint32_t first_S(const E* S) const { return kept(static_cast<int>(address(S) + warp * ROWS * 128 + (lane & 3) * 4)); }
+  __device__ uint32_t piece_S() const { return kept(((lane >> 2) ^ (warp * ROWS & 7)) << 4); }
+  __device__ void store_S(uint32_t to, uint32_t piece, int i) const {
+    uint32_t hi, lo;
+    Arith<E>::split_pair(s[i][0], s[i][1], hi, lo);
+    asm volatile("st.shared.b32 [%0], %1;\nst.shared.b32 [%0 + %3], %2;" ::"r"(to + i * 128 + (piece ^ ((i & 7) << 4))), "r"(hi), "r"(lo), "n"(kTile * 2)
+                 : "memory");
+  }
+  __device__ void store_start(float* start) const {
+    const float2 first = *reinterpret_cast<const float2*>(scratch.first + 2 * lane);
+    *reinterpret_cast<float2*>(start + 2 * lane) = make_float2(exp2f(first.x), exp2f(first.y));
+  }
+  __device__ void store_edges(float* start, float* in, float* out, const float (&total)[2]) const {
+    const float2 first = *reinterpret_cast<const float2*>(scratch.first + 2 * lane);
+    const float ref[2] = {0.5f * total[0], 0.5f * total[1]};
+    if (start) *reinterpret_cast<float2*>(start + 2 * lane) = make_float2(exp2f(first.x), exp2f(first.y));
+    *reinterpret_cast<float2*>(in + 2 * lane) = make_float2(exp2f(first.x + ref[0]), exp2f(first.y + ref[1]));
+    if (out) *reinterpret_cast<float2*>(out + 2 * lane) = make_float2(exp2f(total[0] - ref[0]), exp2f(total[1] - ref[1]));
   }
 };
 
@@ -514,23 +566,50 @@ template <class E>
 struct Advance {
   E* S;                                                    // s_j exp(G_{begin - 1} - G_j), a tile
   float* decay;                                            // [kSlots]
-  __device__ void write(const GateMaker<E, 16>& gates, int begin) const {
+  template <int ROWS>
+  __device__ void write(const GateMaker<E, ROWS>& gates, int begin) const {
     const int warp = gates.warp, m = 2 * gates.lane;
     float run[2] = {0.f, 0.f}, later[2] = {0.f, 0.f};
     gates.together();
 #pragma unroll
-    for (int i = 0; i < 16; ++i)
-      if (warp * 16 + i < begin) run[0] += gates.g[i][0], run[1] += gates.g[i][1];
+    for (int i = 0; i < ROWS; ++i)
+      if (warp * ROWS + i < begin) run[0] += gates.g[i][0], run[1] += gates.g[i][1];
     *reinterpret_cast<float2*>(&gates.scratch.total[warp][m]) = make_float2(run[0], run[1]);
     gates.together();
-    for (int w = 3; w > warp; --w) later[0] += gates.scratch.total[w][m], later[1] += gates.scratch.total[w][m + 1];
+    for (int w = gates.warps - 1; w > warp; --w) later[0] += gates.scratch.total[w][m], later[1] += gates.scratch.total[w][m + 1];
     if (warp == 0) decay[m] = exp2f(later[0] + run[0]), decay[m + 1] = exp2f(later[1] + run[1]);
 #pragma unroll
-    for (int i = 15; i >= 0; --i) {
-      const bool inside = warp * 16 + i < begin;
-      *reinterpret_cast<uint32_t*>(at(S, warp * 16 + i, m)) = inside ? pack<E>(gates.s[i][0] * fast_exp2(later[0]), gates.s[i][1] * fast_exp2(later[1])) : 0u;
+    for (int i = ROWS - 1; i >= 0; --i) {
+      const bool inside = warp * ROWS + i < begin;
+      *reinterpret_cast<uint32_t*>(at(S, warp * ROWS + i, m)) = inside ? pack<E>(gates.s[i][0] * fast_exp2(later[0]), gates.s[i][1] * fast_exp2(later[1])) : 0u;
       if (inside) later[0] += gates.g[i][0], later[1] += gates.g[i][1];
     }
+  }
+  // 16 dimensions of H [D][64] from d on, with the tokens B; by a warp. Rare: mma.sync, so that no warpgroup's registers are planned around it.
+  __device__ void apply(E* H, const E* B, int d) const {
+    const int l = lane_id();
+    float x[8][4];
+    zero(x);
+#pragma unroll 1
+    for (int j = 0; j < 64; j += 16) {
+      uint32_t a[4];
+      ldmatrix4<true>(a, at(const_cast<E*>(B) + d / 64 * kTile, j + (l & 7) + (l >> 4) * 8, d % 64 + ((l >> 3) & 1) * 8));
+#pragma unroll
+      for (int t = 0; t < 8; t += 2) {
+        uint32_t b[4];
+        ldmatrix4<true>(b, at(S, j + (l & 15), t * 8 + (l >> 4) * 8));
+        mma16816<E>(x[t], a, b[0], b[1]), mma16816<E>(x[t + 1], a, b[2], b[3]);
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < 8; ++t)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int slot = t * 8 + frag_col();
+        uint32_t* to = reinterpret_cast<uint32_t*>(at(H, d + frag_row() + 8 * h, slot));
+        const float2 before = unpack<E>(*to), f = *reinterpret_cast<const float2*>(decay + slot);
+        *to = pack<E>(before.x * f.x + x[t][2 * h], before.y * f.y + x[t][2 * h + 1]);
+      }
   }
 };
 
@@ -560,12 +639,23 @@ __device__ inline void scale_by_R(float (&x)[8][4], const Window<E>& w, int warp
   }
 }
 // x[i, m] *= f_m
-__device__ inline void scale_columns(float (&x)[8][4], const float* f) {
+template <int NT>
+__device__ inline void scale_columns(float (&x)[NT][4], const float* f) {
 #pragma unroll
-  for (int t = 0; t < 8; ++t) {
+  for (int t = 0; t < NT; ++t) {
     const float2 y = *reinterpret_cast<const float2*>(f + t * 8 + frag_col());
     x[t][0] *= y.x, x[t][1] *= y.y, x[t][2] *= y.x, x[t][3] *= y.y;
   }
+}
+
+// x[i, i] of rows lane / 4 and lane / 4 + 8.
+__device__ inline void diagonal_of(float (&d)[2], const float (&x)[8][4], int warp) {
+  const int r = frag_row(), lane = 4 * r + (r >> 1);
+  float top = 0.f, bottom = 0.f;
+#pragma unroll
+  for (int J = 0; J < 4; ++J)
+    if (J == warp) { top = (r & 1) ? x[2 * J][1] : x[2 * J][0], bottom = (r & 1) ? x[2 * J + 1][3] : x[2 * J + 1][2]; }
+  d[0] = __shfl_sync(0xffffffffu, top, lane), d[1] = __shfl_sync(0xffffffffu, bottom, lane);
 }
 
 // o[i, m] = exp(ref) (a H) + X S, X = tril(a b^T): times R, o1 / scale from (q, k, Hk), dp from (d_o, v, Hv).
@@ -582,14 +672,7 @@ __device__ inline void scores(float (&o)[8][4], float (&d)[2], const E* a, const
   products_commit();
   products_wait<1>();
   hand_over(x);
-  if constexpr (!diagonal) {
-    const int r = frag_row(), lane = 4 * r + (r >> 1);
-    float top = 0.f, bottom = 0.f;
-#pragma unroll
-    for (int J = 0; J < 4; ++J)
-      if (J == warp) { top = (r & 1) ? x[2 * J][1] : x[2 * J][0], bottom = (r & 1) ? x[2 * J + 1][3] : x[2 * J + 1][2]; }
-    d[0] = __shfl_sync(0xffffffffu, top, lane), d[1] = __shfl_sync(0xffffffffu, bottom, lane);
-  }
+  if constexpr (!diagonal) diagonal_of(d, x, warp);
   keep<true, diagonal ? 0 : 1>(x, warp);
   const auto X = split<E>(x);
   products_wait<0>();
@@ -625,6 +708,57 @@ __device__ inline void softmax(float (&x)[8][4], float c, int M) {
 #pragma unroll
       for (int e = 2 * h; e < 2 * h + 2; ++e) x[t][e] *= inv;
   }
+}
+
+// ------------------------------------------------------------------------------------------------------------ backward
+
+// What hopper_gates.cu leaves for every chunk and key/value head: its window, if it has one (Window has the meanings).
+template <class E>
+struct GateImage {
+  E S[2][kTile];
+  float R[kTile];                                          // as accumulators lie: [column / 8][thread of a warpgroup][4]
+  float start[kSlots], in[kSlots], out[kSlots];
+  int cut;                                                 // whether it has several, and nothing else is here
+  int pad[31];
+};
+
+// What hopper_queries.cu leaves for every chunk and query head; rows of each window are relative to its reference.
+template <class E>
+struct Saved {
+  E Y[2][2][kTile];                                        // [keys, values][rounded, what rounding dropped]: a cotangent's tile as products read it
+  float e[kTile];                                          // o1 do1 + p dp without the diagonal, as accumulators lie: [column / 8][thread of a warpgroup][4]
+};
+// The workspace of backward (hopper.h), typed. Counted in boundary slots.
+template <class E>
+struct Backward {
+  Saved<E>* saved;                                         // [slots][query heads]
+  const GateImage<E>* gates;                               // [slots][heads]
+  E* E0;  // [slots][heads][keys, values, what rounding dropped of the values][D / 64] tiles [slot][dimension]
+  float* edge;  // [slots][heads][keys, values][D / 64][64]: exp(G_end) <H, dH>, in parts
+  int* cut;  // [sequences][heads]: whether any chunk has several windows
+  explicit Backward(const BackwardWorkspace& w)
+      : saved(static_cast<Saved<E>*>(w.saved)), gates(static_cast<const GateImage<E>*>(w.gates)), E0(static_cast<E*>(w.E0)), edge(w.edge), cut(w.cut) {}
+};
+
+template <class E>
+__device__ inline void store_pair(const View& v, int64_t i, float x, float y) {
+  if (v.dtype == DType::f32) *reinterpret_cast<float2*>(static_cast<float*>(v.ptr) + i) = make_float2(x, y);
+  else *reinterpret_cast<uint32_t*>(static_cast<E*>(v.ptr) + i) = pack<E>(x, y);
+}
+
+// Ones where u >= t (upper) or u < t, row t of the warp's 16: an operand.
+template <class E, bool upper>
+__device__ inline typename Arith<E>::template Op<64> triangle_of_ones(int warp) {
+  typename Arith<E>::template Op<64> a;
+  const uint32_t one = pack<E>(1.f, 1.f), low = one & 0xffffu;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int d = (i >> 1) * 8 - (i & 1) * 8 + frag_col() - frag_row();  // u - t on the diagonal block
+    const uint32_t both = d >= 0 ? one : d == -1 ? one & ~low : 0u;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) a.r[k][i] = k == warp ? (upper ? both : both ^ one) : (k > warp) == upper ? one : 0u;
+  }
+  return a;
 }
 
 // The types and sizes that the kernels are made for (hopper_takes).

@@ -48,6 +48,12 @@ __device__ inline void ldmatrix4(uint32_t (&r)[4], const void* p) {
 }
 
 template <class T>
+__device__ inline float2 unpack(uint32_t x) {
+  if constexpr (std::is_same_v<T, bf16>) return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
+  else return __half22float2(*reinterpret_cast<const half2*>(&x));
+}
+
+template <class T>
 __device__ inline void mma16816(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 template <>
 __device__ inline void mma16816<bf16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -112,9 +118,9 @@ struct Arith {
       for (int i = 0; i < 4; ++i) split_pair(acc[2 * k + (i >> 1)][(i & 1) * 2], acc[2 * k + (i >> 1)][(i & 1) * 2 + 1], a.hi.r[k][i], a.lo.r[k][i]);
   }
   __device__ static void split_pair(float x, float y, uint32_t& hi, uint32_t& lo) {
-    const E hx = from_float<E>(x), hy = from_float<E>(y);
     hi = pack<E>(x, y);
-    lo = pack<E>(x - to_float(hx), y - to_float(hy));
+    const float2 rounded = unpack<E>(hi);                // of the pair: a conversion of one alone is many times slower
+    lo = pack<E>(x - rounded.x, y - rounded.y);
   }
   template <int NT, int KD>
   __device__ static void mma_nn(float (*acc)[4], const Split<KD>& a, const E* b, int ld) {
