@@ -91,6 +91,20 @@ struct StepParams {
   void* stream = nullptr;
 };
 
+// Rows of a pool of bf16 states, widened to fp32 one after the other and narrowed back: what reads whole sequences knows fp32 alone.
+struct PoolParams {
+  int64_t N = 0, P = 0;
+  const void* state_indices = nullptr;  // [N], as in Params
+  bool indices_64 = false;
+  struct Part {
+    void* pool = nullptr;               // [P, size] bf16
+    float* rows = nullptr;              // [N, size]; of padding: not touched
+    int64_t size = 0;
+  } parts[3];                           // Hk, Hv and, in ABC, z
+  int32_t* numbers = nullptr;           // [N] written by widen: n, -1 for padding; the state_indices that belong to `rows`
+  void* stream = nullptr;
+};
+
 // ABC: gates and write strengths from raw slot logits e, z_t = logaddexp(z_{t-1}, e_t), g_t = z_{t-1} - z_t, s_t = exp(e_t - z_t).
 struct AbcParams {
   int64_t B = 0, T = 0, N = 0;
@@ -136,7 +150,9 @@ constexpr int64_t boundary_slot(bool packed, int64_t begin, int64_t T, int64_t n
   int64_t recurrent_workspace(const Params&);   \
   void step(const StepParams&);                 \
   void abc_gates(const AbcParams&);             \
-  void abc_gates_backward(const AbcParams&);
+  void abc_gates_backward(const AbcParams&);    \
+  void widen_states(const PoolParams&);         \
+  void narrow_states(const PoolParams&);
 
 namespace cpu {
 GSA_BACKEND

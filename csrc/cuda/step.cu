@@ -72,10 +72,14 @@ struct Exchange {
   __device__ void expect(int turn) const {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(arrived + turn)), "r"(split * size * 4) : "memory");
   }
-  __device__ void open() const {                           // one thread
-    for (int turn = 0; turn < 2; ++turn) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(arrived + turn)) : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    for (int turn = 0; turn < 2; ++turn) expect(turn);
+  __device__ void open() const {                           // all threads
+    if (threadIdx.x == 0) {
+      for (int turn = 0; turn < 2; ++turn) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(arrived + turn)) : "memory");
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncwarp();                                          // one thread's program order would do, but racecheck does not see that
+    if (threadIdx.x == 0)
+      for (int turn = 0; turn < 2; ++turn) expect(turn);
   }
   // All threads; nobody sends before everybody is there.
   __device__ static void here(bool ordered) {              // ordered: and what was read before is read
@@ -308,7 +312,7 @@ __global__ __launch_bounds__(THREADS, BLOCKS) void step_kernel(const __grid_cons
   const int size = HEADS * M;
   float* sums = split > 1 ? mem.take<float>(2 * split * size) : nullptr;
   const Exchange exchange{sums, split > 1 ? mem.take<uint64_t>(2) : nullptr, split, rank, size};
-  if (split > 1 && threadIdx.x == 0) exchange.open();
+  if (split > 1) exchange.open();
 
   const int longest = max(M, max(k_slice, v_slice));
 #pragma unroll 1
