@@ -127,6 +127,34 @@ struct AbcParams {
   void* stream = nullptr;
 };
 
+// One token of a short convolution: o = silu(sum_j weight[d, j] x_{t - W + 1 + j}[d] + bias[d]), in fp32; history moves on by one.
+struct ConvParams {
+  int64_t B = 0, D = 0;
+  int32_t W = 0;
+  View x;                             // [B, D], strides batch alone
+  void* history = nullptr;            // [B, W - 1, D] contiguous, oldest first; dtype of x, as all here
+  const void* weight = nullptr;       // [D, W]
+  const void* bias = nullptr;         // [D] or nullptr
+  const bool* mask = nullptr;         // [B]: where false, the history stays
+  void* o = nullptr;                  // [B, D] contiguous
+  void* stream = nullptr;
+};
+
+// One token of softmax attention to itself and the last `back` tokens, which move on by one.
+struct WindowParams {
+  int64_t B = 0;
+  int32_t HQ = 0, H = 0, K = 0, V = 0, back = 0, rotary = 0;
+  double scale = 1.0;
+  View q, k, v;                       // [B, heads, dim]; strides batch and head
+  View cos, sin;                      // as in StepParams: q and k are rotated first
+  void* keys = nullptr;               // [B, back, H, K] contiguous, newest last; dtype of q
+  void* values = nullptr;             // [B, back, H, V]
+  int64_t* filled = nullptr;          // [B]: so many of them are tokens, the last ones
+  const bool* mask = nullptr;         // [B]: where false, o = 0 and nothing moves
+  View o;                             // [B, HQ, V]
+  void* stream = nullptr;
+};
+
 // Tokens per chunk, the spacing of the boundary states. Depends on nothing but this, so that shapes are known without a device.
 constexpr int64_t chunk_length(DType dtype, Math math, int64_t M) {
   const bool wide = dtype == DType::f32 || math == Math::exact;   // fp32 tiles
@@ -159,6 +187,9 @@ GSA_BACKEND
 }
 namespace cuda {
 GSA_BACKEND
+void conv_step(const ConvParams&);    // beside.cu; elsewhere these two are put together from torch's own operations (beside.cpp)
+int64_t window_step_shared(const WindowParams&);   // bytes of shared memory that a block of the following takes
+void window_step(const WindowParams&);
 }
 #undef GSA_BACKEND
 
