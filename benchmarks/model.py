@@ -2,7 +2,7 @@
 
 Random weights in the shape of Llama 3.2 1B (hidden size 2048, 16 layers, 32 query heads, 8 key/value heads of 64, vocabulary 128256), bf16; ``--size tiny`` to
 try the script. Generation: transformers' ``generate``, greedy, from a cache that stands at ``context`` tokens (filled with random numbers, as reading a
-prompt is not what is timed): softmax attention with its StaticCache, the converted model (preset t2r) with the default cache. "eager": as it comes,
+prompt is not what is timed): softmax attention with its StaticCache, the converted model (``--preset``, t2r) with the default cache. "eager": as it comes,
 compilation off. "graph": the step in a CUDA graph, ours by ``gsa_ext.hf.decode_graph``, that of the softmax model by the same means below.
 "forward": calls of the model alone in such a graph, without the rest of ``generate``. Training: forward and backward with gradient checkpointing.
 Prints and writes as it goes, and starts nothing new after ``--seconds``; ``--parts generate --seconds 80`` is all of generation on one H200.
@@ -43,6 +43,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda; default: cuda where there is one")
     parser.add_argument("--size", default="1b", choices=SIZES)
+    parser.add_argument("--preset", default="t2r", choices=["t2r", "paper", "liger"], help="of the conversion")
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--parts", nargs="+", default=["generate", "train"], choices=["generate", "train"])
     parser.add_argument("--hows", nargs="+", choices=["graph", "eager"], help="of generating; default: both on a GPU, eager on the CPU")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 64])
@@ -58,10 +60,12 @@ def main() -> int:
         work += [(generate, (how, B, context)) for how, B, context in itertools.product(hows, args.batches, args.contexts)]
     if "train" in args.parts:
         work += [(train, (max(args.lengths), T)) for T in args.lengths]
-    with Report(args.out, "model", device.type, args.seconds, plot, size=SIZES[args.size]) as report:
+    with Report(args.out, "model", device.type, args.seconds, plot, preset=args.preset, size=SIZES[args.size]) as report:
         torch.manual_seed(0)
-        models = {"softmax": build(args.size, device), "gsa": convert(build(args.size, device))}
-        for (measure, what), name in itertools.product(work, MODELS):
+        models = {name: build(args.size, device) for name in args.models}
+        if "gsa" in models:
+            convert(models["gsa"], args.preset)
+        for (measure, what), name in itertools.product(work, models):
             row = {"model": name, "what": measure.__name__}
             if report.late(f"{name} {measure.__name__} {what}"):
                 continue
@@ -130,8 +134,13 @@ def filled(model: Any, B: int, context: int) -> tuple[Any, Callable[[], None]]:
     cache = DynamicCache()
     layers = [layer_state(cache, i, GSACacheLayer) for i in range(config.num_hidden_layers)]
     for layer in layers:
-        M = config.gsa["layers"]["0"]["num_slots"]
-        layer.restore({"hk": torch.randn(B, H, D, M, **where), "hv": torch.randn(B, H, M, D, **where)}, context)
+        settings = config.gsa["layers"]["0"]
+        M, window = settings["num_slots"], settings.get("window")
+        held = {"hk": torch.randn(B, H, D, M, **where), "hv": torch.randn(B, H, M, D, **where)}
+        if window:
+            held.update({f"window.{name}": torch.randn(B, window - 1, H, D, device=model.device, dtype=dtype) for name in ("keys", "values")})
+            held["window.filled"] = torch.full((B,), window - 1, device=model.device)
+        layer.restore(held, context)
     return cache, lambda: [setattr(layer, "seen", context) for layer in layers] and None
 
 
