@@ -371,6 +371,18 @@ def test_step_sizes(mode, dtype, HQ, H, K, V, M, device):
     run("step", dtype, device, B=2, T=5, HQ=HQ, H=H, K=K, V=V, M=M, mode=mode, gate=1.0, initial_state=True)
 
 
+@pytest.mark.parametrize("HQ", [1, 2])
+def test_step_of_many_rows(HQ, device):
+    """More rows than a grid has in one of its lesser dimensions."""
+    B, some = 66_000, [0, 65_534, 65_535, 65_536, 65_999]
+    x = make_inputs(B, 1, HQ, 1, 4, 8, 4, dtype=torch.bfloat16, device=device, initial_state=True)
+    row = {name: None if x[name] is None else x[name][:, 0] for name in "qkvsg"}
+    few = {name: None if t is None else t[some] for name, t in row.items()}
+    state, alone = x["initial_state"], tuple(t[some] for t in x["initial_state"])
+    assert torch.equal(gsa_step(**row, state=state)[some], gsa_step(**few, state=alone))
+    assert all(torch.equal(t[some], part) for t, part in zip(state, alone))
+
+
 @pytest.mark.parametrize("HQ,H,K,V,M", STEPS)
 @pytest.mark.parametrize("state", [torch.float32, torch.bfloat16])
 def test_step_depends_on_nothing_else(state, HQ, H, K, V, M, device):
