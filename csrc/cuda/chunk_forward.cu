@@ -120,15 +120,23 @@ StatePlan state_plan(const Params& p) {
 
 int64_t states_workspace(const Params& p) { return state_plan(p).bytes; }
 
-// On Hopper every query head of a group starts from the group's states by itself: in a pool, they must not be written before all have read them.
-bool states_beside(const Params& p) { return p.state_indices && p.HQ > p.H; }
-int64_t beside_workspace(const Params& p) { return states_beside(p) ? arena(p.N * p.H * (p.K + p.V) * p.M, 4) : 0; }
+// The forward walk for Hopper knows no pool. It has states of its own; every query head of a group starts from them by itself, so with groups what it writes
+// is apart from what it reads.
+struct Beside {
+  float *hk, *hv, *hkT, *hvT;
+  static int64_t floats(const Params& p) { return p.state_indices ? p.N * p.H * (p.K + p.V) * p.M * (p.HQ > p.H ? 2 : 1) : 0; }
+  explicit Beside(const Params& p) : hk(static_cast<float*>(p.workspace)), hv(hk + p.N * p.H * p.K * p.M), hkT(hk), hvT(hv) {
+    const int64_t size = p.N * p.H * (p.K + p.V) * p.M;
+    if (p.HQ > p.H) hkT += size, hvT += size;
+  }
+};
+
 // Backward may find the boundary states here or make them again: by the same kernels, to the bit.
 int64_t boundary_workspace(const Params& p) { return p.boundary && !hopper_fuses(p) ? arena(hopper_gates_bytes(p), 1) + p.N * p.H * 4 : 0; }
 
 int64_t forward_workspace(const Params& p) {
   if (!hopper_takes(p)) return states_workspace(p);
-  if (hopper_walks(p)) return beside_workspace(p) + boundary_workspace(p);
+  if (hopper_walks(p)) return Beside::floats(p) * 4 + boundary_workspace(p);
   Params without = p;
   without.boundary = nullptr;
   return std::max(states_workspace(without), boundary_workspace(p));
@@ -160,17 +168,19 @@ States forward_states(const Params& p, void* hkT, void* hvT, bool recompute) {
 void chunk_forward(const ForwardParams& p) {
   require_device();
   ForwardParams x = p;
-  if (p.boundary && hopper_takes(p) && !hopper_fuses(p)) {   // before anything that may write the states into a pool
-    char* base = static_cast<char*>(p.workspace) + (hopper_walks(p) ? beside_workspace(p) : 0);
+  if (p.boundary && hopper_takes(p) && !hopper_fuses(p)) {
+    char* base = static_cast<char*>(p.workspace) + (hopper_walks(p) ? Beside::floats(p) * 4 : 0);
     hopper_gates(p, base);
     hopper_states(p, base, p.boundary, reinterpret_cast<int*>(base + arena(hopper_gates_bytes(p), 1)));
     x.boundary = nullptr;
   }
   if (hopper_walks(p)) {
-    if (states_beside(p)) x.hkT = p.workspace, x.hvT = static_cast<float*>(p.workspace) + p.N * p.H * p.K * p.M;
+    if (!p.state_indices) return hopper_forward(x, x.boundary);
+    const Beside own(p);
+    x.hk0 = own.hk, x.hv0 = own.hv, x.hkT = own.hkT, x.hvT = own.hvT, x.state_indices = nullptr;
+    states_from_pool(p, own.hk, own.hv);
     hopper_forward(x, x.boundary);
-    if (states_beside(p)) states_to_pool(p, x.hkT, x.hvT);
-    return;
+    return states_to_pool(p, own.hkT, own.hvT);
   }
   const States s = forward_states(x, p.hkT, p.hvT, true);
   select_config(p, [&]<class Cfg>() {

@@ -44,7 +44,7 @@ struct Turn {
 };
 
 // The keys' warpgroup, or the values'.
-template <class E, int D, bool pool, bool values>
+template <class E, int D, bool values>
 __device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary, ForwardShared<E, D>& m, Chunk c, int64_t n, int64_t head, int64_t q_head) {
   const int tid = threadIdx.x % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0);
   const bool outputs = p.o.ptr != nullptr, owner = q_head % (p.HQ / p.H) == 0;
@@ -53,7 +53,7 @@ __device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary
   float H[D / 8][4];  // rows: slots
   {
     const float* in = static_cast<const float*>(values ? p.hv0 : p.hk0);
-    if (in) in += ((p.h0_broadcast ? 0 : (pool ? state_row(p, n) : n) * p.H) + head) * D * p.M;
+    if (in) in += ((p.h0_broadcast ? 0 : n * p.H) + head) * D * p.M;
     load_registers(H, in, values, D, p.M, warp);
   }
   E* tile = m.H[values];
@@ -133,19 +133,16 @@ __device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary
     tokens.next();
   }
   if (float* out = static_cast<float*>(values ? p.hvT : p.hkT))
-    if (owner) store_registers(out + ((pool && p.hkT == p.hk0 ? state_row(p, n) : n) * p.H + head) * D * p.M, H, values, D, p.M, warp);
+    if (owner) store_registers(out + (n * p.H + head) * D * p.M, H, values, D, p.M, warp);
 }
 
-// pool: apart, because the few registers more make the windows' warpgroup spill, which halves the speed.
-template <class E, int D, bool pool>
+template <class E, int D>
 __global__ __launch_bounds__(512, 1) void forward_kernel(const __grid_constant__ ForwardParams p, E* boundary, const int* cut) {
 #if GSA_HOPPER
   extern __shared__ __align__(1024) char memory[];
   auto& m = *reinterpret_cast<ForwardShared<E, D>*>(memory);
   const int64_t q_head = blockIdx.x % p.HQ, n = blockIdx.x / p.HQ, head = q_head / (p.HQ / p.H);
   if (cut && !cut[n * p.H + head]) return;
-  if constexpr (pool)
-    if (state_row(p, n) < 0) return zero_padding(p, n, q_head);
   const int role = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), tid = threadIdx.x % 128;
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2; ++i) {
@@ -157,7 +154,7 @@ __global__ __launch_bounds__(512, 1) void forward_kernel(const __grid_constant__
   }
   __syncthreads();
   Chunk c;
-  c.seq = sequence<pool>(p, n, kChunk);
+  c.seq = sequence<false>(p, n, kChunk);
   const int64_t chunks = c.seq.chunks;
   const bool outputs = p.o.ptr != nullptr;
 
@@ -213,8 +210,8 @@ __global__ __launch_bounds__(512, 1) void forward_kernel(const __grid_constant__
     return;
   }
   take_registers<168>();
-  if (role == 1) forward_half<E, D, pool, false>(p, boundary, m, c, n, head, q_head);
-  else forward_half<E, D, pool, true>(p, boundary, m, c, n, head, q_head);
+  if (role == 1) forward_half<E, D, false>(p, boundary, m, c, n, head, q_head);
+  else forward_half<E, D, true>(p, boundary, m, c, n, head, q_head);
 #endif
 }
 
@@ -243,8 +240,7 @@ bool hopper_walks(const Params& p) {
 }
 void hopper_forward(const ForwardParams& p, void* boundary, const int* cut) {
   select_hopper(p, [&]<class E, int D>() {
-    const auto kernel = p.state_indices ? forward_kernel<E, D, true> : forward_kernel<E, D, false>;
-    launch("hopper_forward", kernel, p.N * p.HQ, 512, sizeof(ForwardShared<E, D>), p.stream, p, static_cast<E*>(boundary), cut);
+    launch("hopper_forward", forward_kernel<E, D>, p.N * p.HQ, 512, sizeof(ForwardShared<E, D>), p.stream, p, static_cast<E*>(boundary), cut);
   });
 }
 
