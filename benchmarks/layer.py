@@ -26,7 +26,7 @@ from gsa_ext import GatedSlotAttention
 from gsa_ext.cli.info import facts
 
 LAYERS = ("layer", "t2r", "paper", "liger")
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::linear", "aten::matmul", "aten::bmm", "aten::linear_backward", "aten::mkldnn_linear")
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::linear", "aten::matmul", "aten::bmm", "aten::linear_backward", "aten::mkldnn_linear")
 GEMMS = ("nvjet", "gemm", "xmma", "cutlass", "cublas", "splitK")
 COPIES = ("_to_copy", "clone", "copy_", "cat", "contiguous", "repeat", "index_select")
 

@@ -4,7 +4,7 @@ Random weights in the shape of Llama 3.2 1B (hidden size 2048, 16 layers, 32 que
 try the script. Generation: transformers' ``generate``, greedy, from a cache that stands at ``context`` tokens (filled with random numbers, as reading a
 prompt is not what is timed): softmax attention with its StaticCache, the converted model (preset t2r) with the default cache. "eager": as it comes,
 compilation off. "graph": the step in a CUDA graph, ours by ``gsa_ext.hf.decode_graph``, that of the softmax model by the same means below.
-"forward": calls of the model alone in such a graph, without the rest of ``generate``. Training: forward and backward with gradient checkpointing.
+"forward": calls of the model alone in such a graph, without the rest of ``generate``. Training: forward and backward with gradient checkpointing, the median of three.
 Prints as it goes, and starts nothing new after ``--seconds``.
 """
 
@@ -15,6 +15,7 @@ import functools
 import gc
 import itertools
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -232,7 +233,7 @@ def train(model: Any, tokens: int, T: int) -> dict[str, Any]:
 
     try:
         step()
-        seconds = step()
+        seconds = statistics.median(step() for _ in range(3))
     finally:
         model.zero_grad(set_to_none=True)
         model.gradient_checkpointing_disable()
