@@ -4,7 +4,7 @@ Random weights in the shape of Llama 3.2 1B (hidden size 2048, 16 layers, 32 que
 try the script. Generation: transformers' ``generate``, greedy, from a cache that stands at ``context`` tokens (filled with random numbers, as reading a
 prompt is not what is timed): softmax attention with its StaticCache, the converted model (preset t2r) with the default cache. "eager": as it comes,
 compilation off. "graph": the step in a CUDA graph, ours by ``gsa_ext.hf.decode_graph``, that of the softmax model by the same means below.
-"forward": calls of the model alone in such a graph, without the rest of ``generate``. Training: forward and backward with gradient checkpointing, the median of three.
+"forward": calls of the model alone in such a graph, without the rest of ``generate``. Training: forward and backward, gradient checkpointing, median of three.
 Prints as it goes, and starts nothing new after ``--seconds``.
 """
 

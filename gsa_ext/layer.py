@@ -235,16 +235,22 @@ def slot_attention(
 
 def linears(x: Tensor, *modules: nn.Module) -> list[Tensor]:
     """``module(x)`` of each. Where all are plain linear maps, what they send back to x in backward is summed inside the matrix products instead of in
-    passes of its own over something as large as x."""
-    if torch.is_grad_enabled() and x.requires_grad and not torch.is_autocast_enabled(x.device.type) and all(_plain(m, x.dtype) for m in modules):
-        return list(_Linears.apply(x, *(p for m in modules for p in (m.weight, m.bias))))
-    return [module(x) for module in modules]
+    passes of its own over something as large as x; and autocast's copy of x in 16 bits is made once instead of for each."""
+    if not (torch.is_grad_enabled() and x.requires_grad and all(_plain(m) for m in modules)):
+        return [module(x) for module in modules]
+    parameters = [p for m in modules for p in (m.weight, m.bias)]
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, parameters = x.to(dtype), [None if p is None else p.to(dtype) for p in parameters]
+    if any(p is not None and p.dtype != x.dtype for p in parameters):
+        return [module(x) for module in modules]
+    return list(_Linears.apply(x, *parameters))
 
 
-def _plain(module: Any, dtype: torch.dtype) -> bool:
+def _plain(module: Any) -> bool:
     """Whether calling ``module`` is ``F.linear`` and nothing else: no adapter, quantisation, hook or sharded weight."""
     return (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and type(module.weight) in (nn.Parameter, Tensor)
-            and module.weight.dtype == dtype and "forward" not in module.__dict__
+            and "forward" not in module.__dict__
             and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks))
 
 

@@ -96,6 +96,13 @@ def test_linears(device):
     assert adds.found == 0
     for a, b in zip(results(lambda modules: linears(x, *modules)), want):
         torch.testing.assert_close(a, b)
+    with torch.autocast(device.type, torch.bfloat16):
+        separate, together = (results(call) for call in (lambda modules: [m(x) for m in modules], lambda modules: linears(x, *modules)))
+    for a, b in zip(together, separate):
+        assert a.dtype == b.dtype
+        close(a, b, 1e-2)
+    for a, b in zip(together[:3], separate[:3]):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
     called = []
     maps[2].register_forward_hook(lambda *args: called.append(1))
     for a, b in zip(results(lambda modules: linears(x, *modules)), want):
