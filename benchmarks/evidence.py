@@ -278,6 +278,7 @@ class Text:
         train, held = data.python_sources()
         self.train = torch.from_numpy(data.Blocks(train, size.length).tokens.copy()).to(device)
         self.held = data.Blocks(held, size.length).first(size.held_out)
+        self.sizes = {"training bytes": len(train), "held-out bytes": len(held), "of which read": self.held.tokens.size}
         self.size, self.device = size, device
 
     def order(self, seed: int, steps: int) -> torch.Tensor:
@@ -411,7 +412,7 @@ def teach(folder: Path, size: Size, text: Text, device: torch.device, end: float
                     "curve": curve}, partial)
         return line
     model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="12MB")
-    (folder / "history.json").write_text(json.dumps({"curve": curve, "size": asdict(size), "commit": commit()}) + "\n")
+    (folder / "history.json").write_text(json.dumps({"curve": curve, "size": asdict(size), "commit": commit(), "corpus": text.sizes}) + "\n")
     partial.unlink(missing_ok=True)
     return line
 
@@ -538,8 +539,9 @@ def report(folder: Path) -> int:
     (folder / "evidence.md").write_text("\n".join(lines) + "\n")
     about = {name: one[name] for name in ("size", "commit", "device", "torch")}
     kept = [{name: value for name, value in row.items() if name not in about} for row in rows(folder)]
-    teacher = json.loads((folder / "teacher" / "history.json").read_text())["curve"]
-    (folder / "evidence.json").write_text("\n".join(["{" + json.dumps(about)[1:-1] + ",", f'"teacher": {json.dumps(teacher)},', '"rows": [',
+    history = json.loads((folder / "teacher" / "history.json").read_text())
+    about["corpus"] = history.get("corpus")
+    (folder / "evidence.json").write_text("\n".join(["{" + json.dumps(about)[1:-1] + ",", f'"teacher": {json.dumps(history["curve"])},', '"rows": [',
                                                      ",\n".join(map(json.dumps, kept)), "]}"]) + "\n")
     print("\n".join(lines))
     plot(found, folder / "evidence.png")
