@@ -554,19 +554,25 @@ def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    canvas, (left, right) = pyplot.subplots(1, 2, figsize=(13, 4.5))
-    for name, arm in found.items():
-        tokens, means, errors = zip(*((t / 1e6, m, e or 0.0) for t, m, e in arm["curve"]))
-        left.errorbar(tokens, means, errors, label=name, capsize=2)
-        right.plot(list(arm["positions"]), [mean for mean, _ in arm["positions"].values()], marker="o", label=name)
+    canvas, axes = pyplot.subplots(1, 3, figsize=(17, 4.8))
+    floor = found.get("teacher goes on", next(iter(found.values())))
+    spans, distances = list(floor["positions"]), list(floor["copy"])
+    for i, (name, arm) in enumerate(found.items()):
+        look = {"label": name, "color": f"C{i}" if i < 10 else "black", "marker": "o", "markersize": 3, "capsize": 2}
+        points = [(tokens / 1e6, mean, error or 0.0) for tokens, mean, error in arm["curve"]]
+        axes[0].errorbar(*zip(*points), **look)
+        values = [arm["positions"][span] for span in spans]
+        axes[1].errorbar(spans, [mean - floor["positions"][span][0] for span, (mean, _) in zip(spans, values)], [error or 0.0 for _, error in values], **look)
+        values = [arm["copy"][distance] for distance in distances]
+        axes[2].errorbar(distances, [mean for mean, _ in values], [error or 0.0 for _, error in values], **look)
     finals = [arm["curve"][-1][1] for arm in found.values()]
-    left.set_ylim(min(finals) - 0.05, min(finals) + 1.5)
-    left.set_xlabel("million tokens")
-    left.set_ylabel("held-out bits per byte")
-    right.set_xlabel("position in the context")
-    left.legend(fontsize=7)
-    for axis in (left, right):
+    axes[0].set_ylim(min(finals) - 0.05, max(finals) + 0.6)
+    for axis, title, below in zip(axes, ("held-out bits per byte", "bits per byte above the teacher that goes on", "bits per byte of a passage met again"),
+                                  ("million tokens", "position in the context", "tokens after which it comes again")):
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel(below)
         axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
     canvas.tight_layout()
     canvas.savefig(path, dpi=120)
 
