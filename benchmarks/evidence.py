@@ -13,11 +13,14 @@ done. A difference between two arms is a finding only where their means over the
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import json
 import math
 import multiprocessing
 import multiprocessing.connection
+import os
+import signal
 import statistics
 import sys
 import time
@@ -94,6 +97,7 @@ def main() -> int:
     parser.add_argument("--teacher-tokens", type=int, help=f"default: {Size.teacher_tokens:,}")
     parser.add_argument("--tiny", action="store_true", help="a model and budgets of a few seconds, to see that it runs")
     parser.add_argument("--workers", type=int, default=1, help="processes; with CUDA they share all GPUs (default: 1, this process)")
+    parser.add_argument("--patience", type=float, default=math.inf, help="seconds after which a worker that is busy with one run is stopped (default: never)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
@@ -108,7 +112,7 @@ def main() -> int:
     if args.workers > 1:
         crew = [Process(args.folder, size, places[i % len(places)], args.workers) for i in range(args.workers)]
     try:
-        left = oversee(crew, args.folder, args.arms, args.seeds, end)
+        left = oversee(crew, args.folder, args.arms, args.seeds, end, args.patience)
     finally:
         for worker in crew:
             worker.stop()
@@ -157,6 +161,7 @@ class Process:
     """A worker that is a process of its own."""
 
     def __init__(self, folder: Path, size: Size, place: str, workers: int) -> None:
+        self.given = folder, size, place, workers
         context = multiprocessing.get_context("spawn")
         self.place, (self.pipe, other) = place, context.Pipe()
         threads = max(1, torch.get_num_threads() // workers)
@@ -173,13 +178,16 @@ class Process:
         except EOFError:
             return RuntimeError(f"a worker on {self.place} is gone (exit code {self.process.exitcode})")
 
-    def stop(self) -> None:
+    def stop(self, wait: float = 5) -> None:
         self.pipe.close()
-        self.process.join(5)
-        self.process.terminate()
+        if not wait:
+            os.kill(self.process.pid, signal.SIGABRT)                    # and so it says where it is
+        self.process.join(wait or 2)
+        self.process.kill()
 
 
 def attend(pipe: Any, folder: Path, size: Size, place: str, threads: int) -> None:
+    faulthandler.enable()
     torch.set_num_threads(threads)
     worker = Here(folder, size, place)
     try:
@@ -190,9 +198,9 @@ def attend(pipe: Any, folder: Path, size: Size, place: str, threads: int) -> Non
         pass
 
 
-def oversee(crew: list[Any], folder: Path, arms: list[str], seeds: int, end: float) -> str:
+def oversee(crew: list[Any], folder: Path, arms: list[str], seeds: int, end: float, patience: float) -> str:
     """Hands out the jobs until none is left or time is short; returns what is left, in words. While the teacher is trained, the workers of other GPUs
-    do what needs no teacher."""
+    do what needs no teacher. A worker that takes longer than ``patience`` for a run is replaced."""
     busy: dict[Any, tuple[Job, float]] = {}
     failed: set[Job] = set()
     took: dict[str, float] = {}
@@ -219,7 +227,12 @@ def oversee(crew: list[Any], folder: Path, arms: list[str], seeds: int, end: flo
             lost = f"{len(failed)} runs failed; " if failed else ""
             return f"{lost}{waiting} or more runs are left: call again" if waiting else lost if failed else ""
         pipes = {worker.pipe: worker for worker in busy if isinstance(worker, Process)}
-        ready = [pipes[pipe] for pipe in multiprocessing.connection.wait(list(pipes))] if pipes else list(busy)      # type: ignore[index]
+        ready = [pipes[pipe] for pipe in multiprocessing.connection.wait(list(pipes), 2.0)] if pipes else list(busy)      # type: ignore[index]
+        for worker in [w for w, (job, start) in busy.items() if w not in ready and job != TEACHER and time.monotonic() - start > patience]:
+            print(f"{busy[worker][0]} took longer than {patience} s: stopped", flush=True)
+            failed.add(busy.pop(worker)[0])
+            worker.stop(0)
+            crew[crew.index(worker)] = Process(*worker.given)
         for worker in ready:
             (job, start), result = busy.pop(worker), worker.finish()
             if isinstance(result, Exception):
@@ -232,7 +245,7 @@ def oversee(crew: list[Any], folder: Path, arms: list[str], seeds: int, end: flo
             if job == TEACHER and not (folder / "teacher" / "history.json").exists():
                 return "the teacher is not done: call again"
             if job != TEACHER:
-                took[job[0]] = max(took.get(job[0], 0.0), time.monotonic() - start)
+                took[job[0]] = time.monotonic() - start
 
 
 # ---------------------------------------------------------------------------------------------------------------------- what there is to do
