@@ -235,8 +235,9 @@ def slot_attention(
 
 def linears(x: Tensor, *modules: nn.Module) -> list[Tensor]:
     """``module(x)`` of each. Where all are plain linear maps, what they send back to x in backward is summed inside the matrix products instead of in
-    passes of its own over something as large as x; and autocast's copy of x in 16 bits is made once instead of for each."""
-    if not (torch.is_grad_enabled() and x.requires_grad and all(_plain(m) for m in modules)):
+    passes of its own over something as large as x; and autocast's copy of x in 16 bits is made once instead of for each. A compiler makes one pass
+    of the sums, and of these products copies."""
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad and all(_plain(m) for m in modules)):
         return [module(x) for module in modules]
     parameters = [p for m in modules for p in (m.weight, m.bias)]
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
