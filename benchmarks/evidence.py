@@ -578,8 +578,10 @@ def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
         axes[1].errorbar(spans, [mean - floor["positions"][span][0] for span, (mean, _) in zip(spans, values)], [error or 0.0 for _, error in values], **look)
         values = [arm["copy"][distance] for distance in distances]
         axes[2].errorbar(distances, [mean for mean, _ in values], [error or 0.0 for _, error in values], **look)
-    finals = [arm["curve"][-1][1] for arm in found.values()]
-    axes[0].set_ylim(min(finals) - 0.05, max(finals) + 0.6)
+    finals = sorted(arm["curve"][-1][1] for arm in found.values())
+    usual = finals[3 * (len(finals) - 1) // 4] - finals[0]               # arms far behind the others leave the picture
+    axes[0].set_ylim(finals[0] - 0.05, finals[0] + 3 * usual + 0.1)
+    axes[1].set_ylim(-0.5 * usual - 0.02, 2 * usual + 0.02)
     for axis, title, below in zip(axes, ("held-out bits per byte", "bits per byte above the teacher that goes on", "bits per byte of a passage met again"),
                                   ("million tokens", "position in the context", "tokens after which it comes again")):
         axis.set_title(title, fontsize=10)
