@@ -2,7 +2,7 @@
 
 Random weights in the shape of Llama 3.2 1B (hidden size 2048, 16 layers, 32 query heads, 8 key/value heads of 64, vocabulary 128256), bf16; ``--size tiny`` to
 try the script. Generation: transformers' ``generate``, greedy, from a cache that stands at ``context`` tokens (filled with random numbers, as reading a
-prompt is not what is timed): softmax attention with its StaticCache, the converted model (preset t2r) with the default cache. "eager": as it comes,
+prompt is not what is timed): softmax attention with its StaticCache, the converted model (``--preset``, t2r) with the default cache. "eager": as it comes,
 compilation off. "graph": the step in a CUDA graph, ours by ``gsa_ext.hf.decode_graph``, that of the softmax model by the same means below.
 "forward": calls of the model alone in such a graph, without the rest of ``generate``. Training: forward and backward, gradient checkpointing, median of three.
 Prints as it goes, and starts nothing new after ``--seconds``.
@@ -28,7 +28,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 
 from benchmarks.__main__ import commit
 from gsa_ext.cli.info import facts
-from gsa_ext.hf import GSACacheLayer, cache_bytes, convert, decode_graph
+from gsa_ext.hf import PRESETS, GSACacheLayer, cache_bytes, convert, decode_graph
 from gsa_ext.layer import layer_state
 
 SIZES = {
@@ -46,6 +46,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda; default: cuda where there is one")
     parser.add_argument("--size", default="1b", choices=SIZES)
+    parser.add_argument("--preset", default="t2r", choices=PRESETS, help="of the conversion")
     parser.add_argument("--parts", nargs="+", default=["generate", "train"], choices=["generate", "train"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 64])
     parser.add_argument("--contexts", nargs="+", type=int, default=[1024, 8192, 65536])
@@ -61,7 +62,7 @@ def main() -> int:
     torch.manual_seed(0)
     device = torch.device(args.device)
     softmax = build(args.size, device)
-    models = {"softmax": softmax, "gsa": convert(build(args.size, device))}
+    models = {"softmax": softmax, "gsa": convert(build(args.size, device), args.preset)}
     rows: list[dict[str, Any]] = []
     work = []
     if "generate" in args.parts:
