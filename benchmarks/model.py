@@ -5,7 +5,7 @@ try the script. Generation: transformers' ``generate``, greedy, from a cache tha
 prompt is not what is timed): softmax attention with its StaticCache, the converted model (``--preset``, t2r) with the default cache. "eager": as it comes,
 compilation off. "graph": the step in a CUDA graph, ours by ``gsa_ext.hf.decode_graph``, that of the softmax model by the same means below.
 "forward": calls of the model alone in such a graph, without the rest of ``generate``. Training: forward and backward, gradient checkpointing, median of three.
-Prints as it goes, and starts nothing new after ``--seconds``.
+Prints and writes as it goes, and starts nothing new after ``--seconds``; ``--parts generate --seconds 80`` is all of generation on one H200.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import argparse
 import functools
 import gc
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -26,8 +25,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from benchmarks.__main__ import commit
-from gsa_ext.cli.info import facts
+from benchmarks.report import Report
 from gsa_ext.hf import PRESETS, GSACacheLayer, cache_bytes, convert, decode_graph
 from gsa_ext.layer import layer_state
 
@@ -47,50 +45,61 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda; default: cuda where there is one")
     parser.add_argument("--size", default="1b", choices=SIZES)
     parser.add_argument("--preset", default="t2r", choices=PRESETS, help="of the conversion")
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--parts", nargs="+", default=["generate", "train"], choices=["generate", "train"])
+    parser.add_argument("--hows", nargs="+", choices=["graph", "eager"], help="of generating; default: both on a GPU, eager on the CPU")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 64])
     parser.add_argument("--contexts", nargs="+", type=int, default=[1024, 8192, 65536])
     parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 8192, 32768], help="of sequences to train on; the batch makes up the longest")
     parser.add_argument("--seconds", type=float, default=80, help="start nothing new after so many")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="where the JSON and the plot go")
     args = parser.parse_args()
-    end = time.monotonic() + args.seconds
-    about = {**facts(), "commit": commit(), "argv": " ".join(sys.argv[1:]), "date": time.strftime("%Y-%m-%d %H:%M")}
-    for name, value in about.items():
-        print(f"{name:<14}{value}")
-    print(flush=True)
-    torch.manual_seed(0)
     device = torch.device(args.device)
-    softmax = build(args.size, device)
-    models = {"softmax": softmax, "gsa": convert(build(args.size, device), args.preset)}
-    rows: list[dict[str, Any]] = []
-    work = []
+    work: list[tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]] = []
     if "generate" in args.parts:
-        hows = ("graph", "eager") if device.type == "cuda" else ("eager",)
-        work += [(generate, (how, B, context)) for B, context, how in itertools.product(args.batches, args.contexts, hows)]
+        hows = args.hows or (("graph", "eager") if device.type == "cuda" else ("eager",))
+        work += [(generate, (how, B, context)) for how, B, context in itertools.product(hows, args.batches, args.contexts)]
     if "train" in args.parts:
         work += [(train, (max(args.lengths), T)) for T in args.lengths]
-    args.out.mkdir(parents=True, exist_ok=True)
-    stem = args.out / f"model-{device.type}-{time.strftime('%Y%m%d-%H%M%S')}"
-    for measure, what in work:
-        for name in MODELS:
-            if time.monotonic() > end:
-                print(f"not run, out of time: {name} {measure.__name__} {what}", flush=True)
-                continue
+    with Report(args.out, "model", device.type, args.seconds, plot, preset=args.preset, size=SIZES[args.size]) as report:
+        torch.manual_seed(0)
+        models = {name: build(args.size, device) for name in args.models}
+        if "gsa" in models:
+            convert(models["gsa"], args.preset)
+        for (measure, what), name in itertools.product(work, models):
             row = {"model": name, "what": measure.__name__}
+            if report.late(f"{name} {measure.__name__} {what}"):
+                continue
             try:
                 row.update(measure(models[name], *what))
             except torch.OutOfMemoryError as error:
                 row.update(zip(("how", "batch", "context"), what), failed=f"does not fit: {str(error).partition('.')[0]}")
             print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
-            rows.append(row)
-            stem.with_suffix(".json").write_text(json.dumps({"about": about, "size": SIZES[args.size], "rows": rows}, indent=1) + "\n")
+            report.add(row)
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    plot(rows, about, stem.with_suffix(".png"))
-    print(f"\nwritten: {stem}.json, {stem}.png")
+    for line in ratios(report.rows):
+        print(line)
     return 0
+
+
+def ratios(rows: list[dict[str, Any]]) -> list[str]:
+    """What generation comes down to, in sentences."""
+    ms = {(row["model"], row["how"], row["batch"], row["context"]): row["ms_per_token"] for row in rows if "ms_per_token" in row}
+    said = []
+    for (model, how, B, context), value in ms.items():
+        compared = {
+            "eager": ms.get((model, "eager", B, context)) if how == "graph" else None,
+            "softmax": ms.get(("softmax", how, B, context)) if model == "gsa" else None,
+        }
+        first = min(c for m, h, b, c in ms if (m, h, b) == (model, how, B))
+        parts = [f"{other / value:.2f}x {name}" for name, other in compared.items() if other]
+        if context > first:
+            parts.append(f"{100 * value / ms[model, how, B, first] - 100:+.1f} % of the time at {first}")
+        if parts:
+            said.append(f"{model}, {how}, batch {B}, context {context}: {value:.3f} ms a token; {', '.join(parts)}")
+    return said
 
 
 def build(size: str, device: torch.device) -> Any:
@@ -126,8 +135,13 @@ def filled(model: Any, B: int, context: int) -> tuple[Any, Callable[[], None]]:
     cache = DynamicCache()
     layers = [layer_state(cache, i, GSACacheLayer) for i in range(config.num_hidden_layers)]
     for layer in layers:
-        M = config.gsa["layers"]["0"]["num_slots"]
-        layer.restore({"hk": torch.randn(B, H, D, M, **where), "hv": torch.randn(B, H, M, D, **where)}, context)
+        settings = config.gsa["layers"]["0"]
+        M, window = settings["num_slots"], settings.get("window")
+        held = {"hk": torch.randn(B, H, D, M, **where), "hv": torch.randn(B, H, M, D, **where)}
+        if window:
+            held.update({f"window.{name}": torch.randn(B, window - 1, H, D, device=model.device, dtype=dtype) for name in ("keys", "values")})
+            held["window.filled"] = torch.full((B,), window - 1, device=model.device)
+        layer.restore(held, context)
     return cache, lambda: [setattr(layer, "seen", context) for layer in layers] and None
 
 
@@ -246,27 +260,32 @@ def train(model: Any, tokens: int, T: int) -> dict[str, Any]:
 
 
 def plot(rows: list[dict[str, Any]], about: dict[str, str], path: Path) -> None:
+    """Time by context for each batch, memory by context, training."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    kinds = list(dict.fromkeys((row["what"], row["batch"] if row["what"] == "generate" else 0) for row in rows))
-    figure, axes = pyplot.subplots(1, len(kinds), figsize=(5 * len(kinds), 4), squeeze=False)
-    for axis, (what, batch) in zip(axes[0], kinds):
-        value = "ms_per_token" if what == "generate" else "tokens_per_s"
+    batches = list(dict.fromkeys(row["batch"] for row in rows if row["what"] == "generate"))
+    panels = [(f"generate, batch {B}", "ms per token", "ms_per_token", lambda row, B=B: row["batch"] == B) for B in batches]
+    panels += [("the cache", "MB", "cache_MB", lambda row: True)] if batches else []
+    panels += [("training", "tokens per second", "tokens_per_s", lambda row: False)] if any(row["what"] == "train" for row in rows) else []
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
+    for axis, (title, unit, value, chosen) in zip(axes[0], panels):
         lines: dict[str, list[tuple[int, float]]] = {}
         for row in rows:
-            if row["what"] == what and value in row and batch in (0, row["batch"]):
-                lines.setdefault(f"{row['model']} {row.get('how', '')}", []).append((row["context"], row[value]))
+            if value in row and (chosen(row) if row["what"] == "generate" else title == "training"):
+                how = row.get("how", "") if unit != "MB" else f"batch {row['batch']}"
+                lines.setdefault(f"{row['model']} {how}", []).append((row["context"], row[value]))
         for name, points in lines.items():
-            axis.plot(*zip(*sorted(points)), marker="o", label=name)
+            axis.plot(*zip(*sorted(set(points))), marker="o", label=name)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
-        axis.set_xlabel("context" if what == "generate" else "tokens in a sequence")
-        axis.set_ylabel("ms per token" if what == "generate" else "tokens per second")
-        axis.set_title(f"generate, batch {batch}" if what == "generate" else "training", fontsize=10)
-        axis.legend()
+        axis.set_xlabel("tokens in a sequence" if title == "training" else "context")
+        axis.set_ylabel(unit)
+        axis.set_title(title, fontsize=10)
+        if lines:
+            axis.legend()
         axis.grid(alpha=0.3)
     figure.suptitle(f"{about.get('cuda:0', about['cpu']).split(',')[0]}, torch {torch.__version__}", fontsize=10)
     figure.tight_layout()

@@ -3,24 +3,23 @@
 The floor is the time to read and write every state once, and the inputs and outputs, at the copy bandwidth measured between the same calls. On a GPU a
 call is one of ten, in a CUDA graph, each on states of its own ("eager": issued from Python one by one). The peer returns new states where ours are
 updated in place, and is given k, v, s and g repeated to the query heads. On a CPU "in place" is x *= 1, which has no second array to fetch.
+Starts no new shape after ``--seconds``. States in a pool, and prompts read into one: python -m benchmarks.pool.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.__main__ import Shape, alternate, bars, commit, copier, fla, make, peer_version
+from benchmarks.__main__ import Shape, alternate, bars, copier, fla, make, peer_version
+from benchmarks.report import Report
 from gsa_ext import gsa_step, testing
-from gsa_ext.cli.info import facts
 
 GPU = [
     *((B, 1, 32, 32, 128, 64) for B in (1, 16, 64, 256)), *((B, 1, 32, 8, 128, 64) for B in (1, 64, 256, 512)),
@@ -36,24 +35,21 @@ def main() -> int:
     parser.add_argument("--shapes", nargs="+", metavar="B,HQ,H,D,M", help="instead of the default list; D = K = V")
     parser.add_argument("--dtype", default="bfloat16", help="of q, k, v and g")
     parser.add_argument("--no-peers", action="store_true", help="ours and the floor only")
+    parser.add_argument("--seconds", type=float, default=600, help="start nothing new after so many")
+    parser.add_argument("--turn", type=float, default=1.5, help="seconds of measuring for each shape")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="where the JSON and the plot go")
     args = parser.parse_args()
     device = torch.device(args.device)
     listed = [(B, 1, *rest) for B, *rest in (tuple(map(int, s.split(","))) for s in args.shapes)] if args.shapes else GPU if device.type == "cuda" else CPU
-    about = {**facts(), "commit": commit(), "peer": peer_version(), "argv": " ".join(sys.argv[1:]), "date": time.strftime("%Y-%m-%d %H:%M")}
-    for name, value in about.items():
-        print(f"{name:<14}{value}")
-    print()
-    rows = [step(Shape(*numbers, args.dtype), device, not args.no_peers) for numbers in listed]
-    args.out.mkdir(parents=True, exist_ok=True)
-    stem = args.out / f"step-{device.type}-{time.strftime('%Y%m%d-%H%M%S')}"
-    stem.with_suffix(".json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-    plot(rows, about, stem.with_suffix(".png"))
-    print(f"\nwritten: {stem}.json, {stem}.png")
-    return 0 if all(row["correct"] for row in rows) else 1
+    with Report(args.out, "step", device.type, args.seconds, plot, peer=peer_version()) as report:
+        for numbers in listed:
+            shape = Shape(*numbers, args.dtype)
+            if not report.late(shape):
+                report.add(step(shape, device, not args.no_peers, args.turn))
+    return 0 if all(row["correct"] for row in report.rows) else 1
 
 
-def step(shape: Shape, device: torch.device, peers: bool) -> dict[str, Any]:
+def step(shape: Shape, device: torch.device, peers: bool, seconds: float) -> dict[str, Any]:
     """All contestants on one shape."""
     cuda = device.type == "cuda"
     B, _, HQ, H, D, M, dtype = shape
@@ -126,7 +122,7 @@ def step(shape: Shape, device: torch.device, peers: bool) -> dict[str, Any]:
         if not cuda:
             array = torch.ones(copied // 8)
             calls["in place"], per_call["in place"] = lambda turn: array.mul_(1.0), 1
-        ms = {name: value / per_call[name] for name, value in alternate(calls, cuda, 1.5).items()}
+        ms = {name: value / per_call[name] for name, value in alternate(calls, cuda, seconds).items()}
     bandwidth = {name: copied / ms.pop(name) * 1e3 for name in ("copy", "in place") if name in ms}
     floor = {name: n / bandwidth["copy"] * 1e3 for name, n in nbytes.items() if name in ms}
     x = testing.make_inputs(min(B, 2), 20, HQ // H, 1, D, D, M, dtype=getattr(torch, dtype), device=device)

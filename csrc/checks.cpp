@@ -221,7 +221,7 @@ Shape check_prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Opt
   TORCH_CHECK_VALUE(s || g, "s and g are both None: give g (coupled write s = 1 - exp(g)), s (ABC: raw slot logits), or both");
   const Shape d = check_sequence(q, k, v, g ? s : std::nullopt, g ? *g : *s, std::nullopt, std::nullopt, cu_seqlens);
   check_rank("initial_state Hk", hk, 4, "[P, H, K, M]");
-  check_pool({"initial_state", "initial_state Hk", "initial_state Hv", "initial_state z"}, d, q, hk, hv, z, !g, false);
+  check_pool({"initial_state", "initial_state Hk", "initial_state Hv", "initial_state z"}, d, q, hk, hv, z, !g, true);
   check_state_indices(state_indices, q, "[N]", d.N);
   return d;
 }

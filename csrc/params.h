@@ -91,6 +91,20 @@ struct StepParams {
   void* stream = nullptr;
 };
 
+// Rows of a pool of bf16 states, widened to fp32 one after the other and narrowed back: what reads whole sequences knows fp32 alone.
+struct PoolParams {
+  int64_t N = 0, P = 0;
+  const void* state_indices = nullptr;  // [N], as in Params
+  bool indices_64 = false;
+  struct Part {
+    void* pool = nullptr;               // [P, size] bf16
+    float* rows = nullptr;              // [N, size]; of padding: not touched
+    int64_t size = 0;
+  } parts[3];                           // Hk, Hv and, in ABC, z
+  int32_t* numbers = nullptr;           // [N] written by widen: n, -1 for padding; the state_indices that belong to `rows`
+  void* stream = nullptr;
+};
+
 // ABC: gates and write strengths from raw slot logits e, z_t = logaddexp(z_{t-1}, e_t), g_t = z_{t-1} - z_t, s_t = exp(e_t - z_t).
 struct AbcParams {
   int64_t B = 0, T = 0, N = 0;
@@ -110,6 +124,34 @@ struct AbcParams {
   const void* dzT = nullptr;          // nullptr: zero
   View de;                            // written, dtype of e
   void* dz0 = nullptr;                // [N, H, M] written when not nullptr
+  void* stream = nullptr;
+};
+
+// One token of a short convolution: o = silu(sum_j weight[d, j] x_{t - W + 1 + j}[d] + bias[d]), in fp32; history moves on by one.
+struct ConvParams {
+  int64_t B = 0, D = 0;
+  int32_t W = 0;
+  View x;                             // [B, D], strides batch alone
+  void* history = nullptr;            // [B, W - 1, D] contiguous, oldest first; dtype of x, as all here
+  const void* weight = nullptr;       // [D, W]
+  const void* bias = nullptr;         // [D] or nullptr
+  const bool* mask = nullptr;         // [B]: where false, the history stays
+  void* o = nullptr;                  // [B, D] contiguous
+  void* stream = nullptr;
+};
+
+// One token of softmax attention to itself and the last `back` tokens, which move on by one.
+struct WindowParams {
+  int64_t B = 0;
+  int32_t HQ = 0, H = 0, K = 0, V = 0, back = 0, rotary = 0;
+  double scale = 1.0;
+  View q, k, v;                       // [B, heads, dim]; strides batch and head
+  View cos, sin;                      // as in StepParams: q and k are rotated first
+  void* keys = nullptr;               // [B, back, H, K] contiguous, newest last; dtype of q
+  void* values = nullptr;             // [B, back, H, V]
+  int64_t* filled = nullptr;          // [B]: so many of them are tokens, the last ones
+  const bool* mask = nullptr;         // [B]: where false, o = 0 and nothing moves
+  View o;                             // [B, HQ, V]
   void* stream = nullptr;
 };
 
@@ -136,13 +178,18 @@ constexpr int64_t boundary_slot(bool packed, int64_t begin, int64_t T, int64_t n
   int64_t recurrent_workspace(const Params&);   \
   void step(const StepParams&);                 \
   void abc_gates(const AbcParams&);             \
-  void abc_gates_backward(const AbcParams&);
+  void abc_gates_backward(const AbcParams&);    \
+  void widen_states(const PoolParams&);         \
+  void narrow_states(const PoolParams&);
 
 namespace cpu {
 GSA_BACKEND
 }
 namespace cuda {
 GSA_BACKEND
+void conv_step(const ConvParams&);    // beside.cu; elsewhere these two are put together from torch's own operations (beside.cpp)
+int64_t window_step_shared(const WindowParams&);   // bytes of shared memory that a block of the following takes
+void window_step(const WindowParams&);
 }
 #undef GSA_BACKEND
 

@@ -334,6 +334,10 @@ class ShortConv(nn.Conv1d):
             y = y + past * weight[:, back - d]
         return F.silu(y if self.bias is None else y + self.bias.to(y.dtype))
 
+    def step(self, x: Tensor, history: Tensor, mask: Tensor | None = None) -> Tensor:
+        """One token ``[B, 1, D]``, one kernel: ``history`` takes it in, in place, but where ``mask [B]`` is False."""
+        return torch.ops.gsa.conv_step(x[:, 0], history, self.weight, self.bias, mask)[:, None]
+
 
 class GatedSlotAttention(nn.Module):
     """Gated Slot Attention, the token mixer of arXiv 2409.07146, section 3.
@@ -445,7 +449,7 @@ class GatedSlotAttention(nn.Module):
         mask = None if attention_mask is None else token_mask(attention_mask, B, T, 0 if state is None else state.seen)
 
         order = None
-        if self.use_short_conv and mask is not None:                     # a convolution must see neighbours: real tokens first, padding behind
+        if self.use_short_conv and mask is not None and T > 1:           # a convolution must see neighbours: real tokens first, padding behind
             order = mask.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
             hidden_states = hidden_states.gather(1, order[..., None].expand_as(hidden_states))
             mask = mask.gather(1, order)
@@ -469,11 +473,16 @@ class GatedSlotAttention(nn.Module):
 
     def _convolve(self, qkv: tuple[Tensor, ...], state: SlotState | None, mask: Tensor | None, cu_seqlens: Tensor | None) -> list[Tensor]:
         """The three short convolutions; padding, if any, is at the end. Keeps the last real inputs in ``state``."""
-        T = qkv[0].shape[1]
+        T, convs = qkv[0].shape[1], (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+        if T == 1 and state is not None and cu_seqlens is None and not (torch.is_grad_enabled() and any(x.requires_grad for x in (*qkv, *self.parameters()))):
+            if state.conv is None:
+                state.conv = tuple(x.new_zeros(x.shape[0], self.conv_size - 1, x.shape[-1]) for x in qkv)
+            if all(x.dtype == held.dtype == conv.weight.dtype and held.is_contiguous() for x, held, conv in zip(qkv, state.conv, convs)):
+                return [conv.step(x, held, None if mask is None else mask[:, 0]) for conv, x, held in zip(convs, qkv, state.conv)]
         segment = None if cu_seqlens is None else torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(T, device=cu_seqlens.device), right=True)
         past = None if state is None else state.conv
         histories = past or (None,) * 3
-        out = [conv(x, history, segment) for conv, x, history in zip((self.q_conv1d, self.k_conv1d, self.v_conv1d), qkv, histories)]
+        out = [conv(x, history, segment) for conv, x, history in zip(convs, qkv, histories)]
         if state is not None:
             back = self.conv_size - 1
             state.conv = tuple(self._tail(x.detach(), history, mask, segment, back) for x, history in zip(qkv, histories))

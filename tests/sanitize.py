@@ -102,7 +102,24 @@ def pools(device):
         where = torch.tensor([6, -1, 0, 3, -1 if device == "cpu" else 99], device=device)
         for x in (make_inputs(5, 33, **small), make_inputs(lengths=[70, 3, 0, 1, 9], **small)):
             assert op(**x, initial_state=pool, state_indices=where)[0].isfinite().all()
+            if dtype == BF16:
+                assert op(**x, initial_state=tuple(t.bfloat16() for t in pool), state_indices=where)[0].isfinite().all()
         del os.environ["GSA_KERNELS"]
+
+
+def beside(device):
+    """What some layers have beside the slots: a token of a short convolution and of a window."""
+    for dtype, masked in itertools.product((FP32, BF16, FP16), (False, True)):
+        def normal(*size, dtype=dtype):
+            return torch.randn(*size, device=device).to(dtype)
+
+        mask = torch.tensor([True, False, True], device=device) if masked else None
+        assert torch.ops.gsa.conv_step(normal(3, 300), normal(3, 3, 300), normal(300, 1, 4), normal(300), mask).isfinite().all()
+        for window, HQ, H, K, V, rotary in ((64, 8, 2, 64, 64, 64), (5, 3, 3, 12, 20, 8), (1, 4, 1, 16, 16, 0), (100, 6, 2, 33, 40, 0)):
+            states = normal(3, window - 1, H, K), normal(3, window - 1, H, V), torch.tensor([0, 2, 10**6], device=device)
+            turn = (normal(1, rotary), normal(1, rotary)) if rotary else (None, None)
+            for _ in range(2):
+                assert torch.ops.gsa.window_step(normal(3, HQ, K), normal(3, H, K), normal(3, H, V), *states, 0.3, mask, *turn).isfinite().all()
 
 
 def main() -> int:
@@ -117,6 +134,7 @@ def main() -> int:
         wrong += bool(bad)
         print(f"{op.__name__} {tuple(x['q'].shape)} V {x['v'].shape[-1]} {str(dtype)[6:]}: {'ok' if not bad else '; '.join(map(str, bad))}", flush=True)
     pools(device)
+    beside(device)
     if device == "cuda":
         for contents in ((0, 3, 10**9), (5, -7, 2**31 - 1), (0, 4, 2)):  # no access outside the tensors, whatever cu_seqlens says
             x = make_inputs(lengths=[3, 3], K=20, V=36, M=10, device="cuda")

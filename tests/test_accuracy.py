@@ -244,6 +244,29 @@ def test_prefill_pool(op, mode, dtype, index, device):
         assert op(**x)[1] is None
 
 
+@pytest.mark.parametrize("K,V,M", [(32, 48, 16), (33, 17, 7)])
+@modes
+@pytest.mark.parametrize("op", [chunk_gsa, fused_recurrent_gsa], ids=["chunk", "recurrent"])
+def test_prefill_pool_of_bf16(op, mode, K, V, M, device):
+    """The bits of starting from its rows in fp32, whose final states are rounded once; gsa_step goes on from there. Other rows keep their bits."""
+    sizes = {"HQ": 4, "H": 2, "K": K, "V": V, "M": M, "mode": mode, "gate": 1.0, "device": device}
+    where = [6, -1, 0, 3, 8]
+    live = [6, 0, 3, 8]
+    for dtype in (torch.bfloat16, torch.float16):
+        x, pool = pooled(make_inputs(lengths=[40, 3, 1, 130, 0], dtype=dtype, **sizes), where, torch.int32)
+        pool = tuple(t.bfloat16() for t in pool)
+        wide = tuple(t.float() for t in pool)
+        want, want_final = op(**{**x, "initial_state": wide}, output_final_state=True)
+        held = tuple(t.clone() for t in pool)
+        o, final = op(**{**x, "initial_state": held}, output_final_state=True)
+        assert final is held and torch.equal(o, want)
+        others = [row for row in range(POOL) if row not in live]
+        for new, old, expected in zip(held, pool, want_final):
+            assert new.dtype == torch.bfloat16 and torch.equal(new[live], expected[live].bfloat16()) and torch.equal(new[others], old[others])
+    row = {name: None if x[name] is None else x[name][0, :5] for name in "qkvsg"}
+    assert gsa_step(**row, state=held, state_indices=x["state_indices"])[0].isfinite().all()
+
+
 @modes
 def test_pool_order_changes_no_bit(mode, device):
     """Where in the pool a sequence lives, and in which order the sequences come, does not matter; a pool of one row is no broadcast."""
@@ -346,6 +369,18 @@ STEPS = [
 @modes
 def test_step_sizes(mode, dtype, HQ, H, K, V, M, device):
     run("step", dtype, device, B=2, T=5, HQ=HQ, H=H, K=K, V=V, M=M, mode=mode, gate=1.0, initial_state=True)
+
+
+@pytest.mark.parametrize("HQ", [1, 2])
+def test_step_of_many_rows(HQ, device):
+    """More rows than a grid has in one of its lesser dimensions."""
+    B, some = 66_000, [0, 65_534, 65_535, 65_536, 65_999]
+    x = make_inputs(B, 1, HQ, 1, 4, 8, 4, dtype=torch.bfloat16, device=device, initial_state=True)
+    row = {name: None if x[name] is None else x[name][:, 0] for name in "qkvsg"}
+    few = {name: None if t is None else t[some] for name, t in row.items()}
+    state, alone = x["initial_state"], tuple(t[some] for t in x["initial_state"])
+    assert torch.equal(gsa_step(**row, state=state)[some], gsa_step(**few, state=alone))
+    assert all(torch.equal(t[some], part) for t, part in zip(state, alone))
 
 
 @pytest.mark.parametrize("HQ,H,K,V,M", STEPS)

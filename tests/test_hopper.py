@@ -118,13 +118,20 @@ def test_pool(mode, r, cuda):
     where = torch.randperm(P, device=cuda)[:N]
     where[[1, 7]] = -1
     live = where >= 0
+    tokens = torch.repeat_interleave(live, x["cu_seqlens"].diff())
+    for name in "qkvsg":
+        if x[name] is not None:
+            x[name][:, ~tokens] = torch.nan                                  # padding may hold anything
     for _ in range(5):
         pool = tuple(t.clone() for t in states)
         o, _ = chunk_gsa(**x, initial_state=pool, state_indices=where)
         start = tuple(t[where.clamp(min=0)] for t in states)
         want, final = chunk_gsa(**x, initial_state=start, output_final_state=True)
-        tokens = torch.repeat_interleave(live, x["cu_seqlens"].diff())
         assert torch.equal(o[:, tokens], want[:, tokens]) and o[:, ~tokens].eq(0).all()
         for new, old, expected in zip(pool, states, final):
             reached = torch.zeros(P, dtype=torch.bool, device=cuda).index_fill(0, where[live], True)
             assert torch.equal(new[where[live]], expected[live]) and torch.equal(new[~reached], old[~reached])
+    narrow = tuple(t.bfloat16() for t in states)
+    wide, held = tuple(t.float() for t in narrow), tuple(t.clone() for t in narrow)
+    o, want = (chunk_gsa(**x, initial_state=pool, state_indices=where)[0] for pool in (held, wide))
+    assert torch.equal(o, want) and all(torch.equal(new, old.bfloat16()) for new, old in zip(held, wide))

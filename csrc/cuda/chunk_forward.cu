@@ -119,13 +119,18 @@ StatePlan state_plan(const Params& p) {
 
 int64_t states_workspace(const Params& p) { return state_plan(p).bytes; }
 
-// On Hopper every query head of a group starts from the group's states by itself: in a pool, they must not be written before all have read them.
-bool states_beside(const Params& p) { return p.state_indices && p.HQ > p.H; }
+// The kernel for Hopper knows no pool: with what it needs of one it is half as fast (docs/kernels.md). It has states of its own; every query head of a group
+// starts from them by itself, so with groups what it writes is apart from what it reads.
+struct Beside {
+  float *hk, *hv, *hkT, *hvT;
+  static int64_t floats(const Params& p) { return p.state_indices ? p.N * p.H * (p.K + p.V) * p.M * (p.HQ > p.H ? 2 : 1) : 0; }
+  explicit Beside(const Params& p) : hk(static_cast<float*>(p.workspace)), hv(hk + p.N * p.H * p.K * p.M), hkT(hk), hvT(hv) {
+    const int64_t size = p.N * p.H * (p.K + p.V) * p.M;
+    if (p.HQ > p.H) hkT += size, hvT += size;
+  }
+};
 
-int64_t forward_workspace(const Params& p) {
-  if (hopper_takes(p)) return states_beside(p) ? p.N * p.H * (p.K + p.V) * p.M * 4 : 0;
-  return states_workspace(p);
-}
+int64_t forward_workspace(const Params& p) { return hopper_takes(p) ? Beside::floats(p) * 4 : states_workspace(p); }
 
 States forward_states(const Params& p, void* hkT, void* hvT, bool recompute) {
   char* base = static_cast<char*>(p.workspace);
@@ -153,11 +158,13 @@ States forward_states(const Params& p, void* hkT, void* hvT, bool recompute) {
 void chunk_forward(const ForwardParams& p) {
   require_device();
   if (hopper_takes(p)) {
+    if (!p.state_indices) return hopper_forward(p, p.boundary);
+    const Beside own(p);
     ForwardParams h = p;
-    if (states_beside(p)) h.hkT = p.workspace, h.hvT = static_cast<float*>(p.workspace) + p.N * p.H * p.K * p.M;
+    h.hk0 = own.hk, h.hv0 = own.hv, h.hkT = own.hkT, h.hvT = own.hvT, h.state_indices = nullptr;
+    states_from_pool(p, own.hk, own.hv);
     hopper_forward(h, p.boundary);
-    if (states_beside(p)) states_to_pool(p, h.hkT, h.hvT);
-    return;
+    return states_to_pool(p, own.hkT, own.hvT);
   }
   const States s = forward_states(p, p.hkT, p.hvT, true);
   select_config(p, [&]<class Cfg>() {

@@ -72,10 +72,14 @@ struct Exchange {
   __device__ void expect(int turn) const {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(arrived + turn)), "r"(split * size * 4) : "memory");
   }
-  __device__ void open() const {                           // one thread
-    for (int turn = 0; turn < 2; ++turn) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(arrived + turn)) : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    for (int turn = 0; turn < 2; ++turn) expect(turn);
+  __device__ void open() const {                           // all threads
+    if (threadIdx.x == 0) {
+      for (int turn = 0; turn < 2; ++turn) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(arrived + turn)) : "memory");
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncwarp();                                          // one thread's program order would do, but racecheck does not see that
+    if (threadIdx.x == 0)
+      for (int turn = 0; turn < 2; ++turn) expect(turn);
   }
   // All threads; nobody sends before everybody is there.
   __device__ static void here(bool ordered) {              // ordered: and what was read before is read
@@ -117,6 +121,24 @@ struct Exchange {
 #endif
 };
 
+// ------------------------------------------------------------------------------------------------------------ what follows from the shape
+
+// n / divisor without a division, for n * divisor < 2^32.
+struct Divider {
+  uint32_t divisor = 1, factor = 0;
+  Divider() = default;
+  explicit Divider(uint32_t d) : divisor(d), factor(static_cast<uint32_t>(((uint64_t(1) << 32) + d - 1) / d)) {}
+  __device__ int quotient(uint32_t n) const { return static_cast<int>(divisor == 1 ? n : __umulhi(n, factor)); }
+};
+
+// Divisions by what only the launch knows take a dozen instructions each, at which a block of one row would spend as long as at its state: the host does them.
+struct Plan {
+  int split, shift;                                        // split = 1 << shift
+  int r, k_slice, v_slice;                                 // of a block: query heads, rows of Hk, columns of Hv
+  Divider k_across, k_down, v_across, v_down;              // threads side by side, and rows of them, on either slice
+  Divider v_columns;                                       // v_slice
+};
+
 // ------------------------------------------------------------------------------------------------------------ a thread's part of a slice
 
 // Rows first, first + stride, ... (`count` of them) of W columns that begin at `at`.
@@ -125,14 +147,14 @@ struct Part {
   T* at;
   int first, stride, count, column, step;                  // step: elements from one of the thread's rows to the next
 
-  __device__ Part(T* slice, int rows, int columns, int ld) {
-    const int TX = (columns + W - 1) / W, tx = threadIdx.x % TX;
-    stride = THREADS / TX, first = threadIdx.x / TX, column = tx * W;
-    count = first < stride && first < rows ? (rows - first + stride - 1) / stride : 0;
+  __device__ Part(T* slice, int rows, int columns, int ld, const Divider& across, const Divider& down) {
+    first = across.quotient(threadIdx.x), column = static_cast<int>(threadIdx.x - first * across.divisor) * W;
+    stride = static_cast<int>(down.divisor);
+    count = first < stride && first < rows && column < columns ? down.quotient(rows - first + stride - 1) : 0;
     at = slice + first * ld + column;
     step = stride * ld;
   }
-  // partial [stride][HEADS][columns]
+  // partial [stride][HEADS][columns], columns a multiple of W
   template <int HEADS>
   __device__ void leave(float* partial, int columns, const float (&acc)[HEADS][W]) const {
     if (first >= stride) return;
@@ -156,24 +178,29 @@ struct Stream {
   using P = Pack<T, W>;
   const Part<T, W, THREADS>&hk, &hv;
   P* slots;                                                // [STAGES][ROWS][threads], this thread's
-  int left, next = 0, to = 0, from = 0;
+  const T* next;                                           // row to fetch
+  int left, rows, to = 0, from = 0;                        // left: takes; rows: of the part at hand
   bool values;
 
   __device__ Stream(const Part<T, W, THREADS>& hk, const Part<T, W, THREADS>& hv, void* shared, int turns)
-      : hk(hk), hv(hv), slots(static_cast<P*>(shared) + threadIdx.x), values(hk.count == 0) {
+      : hk(hk), hv(hv), slots(static_cast<P*>(shared) + threadIdx.x) {
     left = turns * ((hk.count + ROWS - 1) / ROWS + (hv.count + ROWS - 1) / ROWS);
+    begin(hk.count == 0);
 #pragma unroll
     for (int i = 0; i < STAGES - 1; ++i) fetch();
   }
+  __device__ void begin(bool with_values) {
+    values = with_values;
+    next = values ? hv.at : hk.at, rows = values ? hv.count : hk.count;
+  }
   __device__ void fetch() {
     if (left > 0) {
-      const T* at = (values ? hv.at : hk.at);
-      const int step = values ? hv.step : hk.step, count = values ? hv.count : hk.count;
+      const int step = values ? hv.step : hk.step;
 #pragma unroll
-      for (int i = 0; i < ROWS; ++i)
-        if (next + i < count) copy_async<sizeof(P)>(slots + (to * ROWS + i) * THREADS, at + (next + i) * step);
-      next += ROWS, --left;
-      if (next >= count) next = 0, values = hk.count == 0 || (hv.count > 0 && !values);
+      for (int i = 0; i < ROWS; ++i, next += step)
+        if (i < rows) copy_async<sizeof(P)>(slots + (to * ROWS + i) * THREADS, next);
+      rows -= ROWS, --left;
+      if (rows <= 0) begin(hk.count == 0 || (hv.count > 0 && !values));
       to = to + 1 == STAGES ? 0 : to + 1;
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
@@ -200,14 +227,14 @@ struct Stream {
 #pragma unroll
       for (int h = 0; h < HEADS; ++h) acc[h][w] = 0.f;
     }
+    T* at = part.at;
 #pragma unroll 1
-    for (int i0 = 0; i0 < part.count; i0 += ROWS) {
+    for (int i0 = 0, row = part.first; i0 < part.count; i0 += ROWS) {
       P x[ROWS];
       take(x);
 #pragma unroll
-      for (int i = 0; i < ROWS; ++i)
+      for (int i = 0; i < ROWS; ++i, row += part.stride, at += part.step)
         if (i0 + i < part.count) {
-          const int row = part.first + (i0 + i) * part.stride;
           const float y = row_factor[row], a = by_row ? row_gate[row] : 0.f;
           const Pack<float, HEADS> q = reinterpret_cast<const Pack<float, HEADS>*>(weight)[row];
           float f[W];
@@ -217,7 +244,7 @@ struct Stream {
 #pragma unroll
             for (int h = 0; h < HEADS; ++h) acc[h][w] = fmaf(q.x[h], f[w], acc[h][w]);
           }
-          if (store) *reinterpret_cast<P*>(part.at + (i0 + i) * part.step) = P::of(f);
+          if (store) *reinterpret_cast<P*>(at) = P::of(f);
         }
     }
   }
@@ -225,78 +252,106 @@ struct Stream {
 
 // ------------------------------------------------------------------------------------------------------------ inputs
 
+// What is known of a dtype beforehand: with In = bf16 everything is bf16 (gates may still be fp32), else anything goes.
+struct Anything {};
+template <class In>
+__device__ DType known(DType t) {
+  return std::is_same_v<In, bf16> ? DType::bf16 : t;
+}
+template <class In>
+__device__ DType known_gate(DType t) {
+  return std::is_same_v<In, bf16> && t != DType::f32 ? DType::bf16 : t;
+}
+
 // One element of [B, heads, dim] on its way to a register: between load and get, others can be sent off.
 struct Element {
   uint32_t bits = 0;
   __device__ Element() {}
-  __device__ Element(const View& x, int64_t b, int64_t head, int i, bool valid) {
+  __device__ Element(const View& x, DType t, int64_t b, int head, int i, bool valid) {
     if (!valid || !x.ptr) return;
     const int64_t at = b * x.batch + head * x.head + i;
-    if (x.dtype == DType::f32) bits = static_cast<const uint32_t*>(x.ptr)[at];
+    if (t == DType::f32) bits = static_cast<const uint32_t*>(x.ptr)[at];
     else bits = static_cast<const uint16_t*>(x.ptr)[at];
   }
-  __device__ float get(const View& x) const {
-    return x.dtype == DType::f32 ? __uint_as_float(bits) : x.dtype == DType::bf16 ? __uint_as_float(bits << 16) : to_float(__ushort_as_half(bits));
+  __device__ float get(DType t) const {
+    return t == DType::f32 ? __uint_as_float(bits) : t == DType::bf16 ? __uint_as_float(bits << 16) : to_float(__ushort_as_half(bits));
   }
 };
 __device__ float rounded(float x, DType t) { return t == DType::f32 ? x : t == DType::bf16 ? to_float(from_float<bf16>(x)) : to_float(from_float<half>(x)); }
 __device__ float silu(float x, DType t) { return rounded(x / (1.f + expf(-x)), t); }
 
+template <class In>
 struct Rotation {                                          // of component i of q and k, with component `other`
   bool on, low;
   int other;
   Element cos, sin;
   __device__ Rotation(const StepParams& p, int64_t b, int i, bool valid)
-      : on(valid && i < p.rotary), low(i < p.rotary / 2), other(low ? i + p.rotary / 2 : i - p.rotary / 2), cos(p.cos, b, 0, i, on), sin(p.sin, b, 0, i, on) {}
-  __device__ float get(const StepParams& p, const View& view, const Element& x, const Element& y) const {
-    float f = x.get(view);
-    const DType t = view.dtype;
+      : on(valid && i < p.rotary),
+        low(i < p.rotary / 2),
+        other(low ? i + p.rotary / 2 : i - p.rotary / 2),
+        cos(p.cos, known<In>(p.cos.dtype), b, 0, i, on),
+        sin(p.sin, known<In>(p.sin.dtype), b, 0, i, on) {}
+  __device__ float get(const StepParams& p, const Element& x, const Element& y) const {
+    const DType t = known<In>(p.q.dtype);
+    float f = x.get(t);
     if (on) {
-      const float g = low ? -y.get(view) : y.get(view);
-      f = rounded(__fadd_rn(rounded(__fmul_rn(f, cos.get(p.cos)), t), rounded(__fmul_rn(g, sin.get(p.sin)), t)), t);
+      const float g = low ? -y.get(t) : y.get(t);
+      f = rounded(__fadd_rn(rounded(__fmul_rn(f, cos.get(t)), t), rounded(__fmul_rn(g, sin.get(t)), t)), t);
     }
     return p.silu_qk ? silu(f, t) : f;
   }
 };
-template <int HEADS>
+template <class In, int HEADS>
 struct Queries {                                           // component i of the queries of `count` heads, scaled; 0 for the others
-  Rotation turn;
+  Rotation<In> turn;
   Element x[HEADS], y[HEADS];
-  __device__ Queries(const StepParams& p, int64_t b, int64_t first, int count, int i, bool valid) : turn(p, b, i, valid) {
+  __device__ Queries(const StepParams& p, int64_t b, int first, int count, int i, bool valid) : turn(p, b, i, valid) {
 #pragma unroll
-    for (int h = 0; h < HEADS; ++h)
-      x[h] = Element(p.q, b, first + h, i, valid && h < count), y[h] = Element(p.q, b, first + h, turn.other, turn.on && h < count);
+    for (int h = 0; h < HEADS; ++h) {
+      x[h] = Element(p.q, known<In>(p.q.dtype), b, first + h, i, valid && h < count);
+      y[h] = Element(p.q, known<In>(p.q.dtype), b, first + h, turn.other, turn.on && h < count);
+    }
   }
   __device__ void put(float* to, const StepParams& p) const {
     float f[HEADS];
 #pragma unroll
-    for (int h = 0; h < HEADS; ++h) f[h] = turn.get(p, p.q, x[h], y[h]) * static_cast<float>(p.scale);
+    for (int h = 0; h < HEADS; ++h) f[h] = turn.get(p, x[h], y[h]) * static_cast<float>(p.scale);
     *reinterpret_cast<Pack<float, HEADS>*>(to) = Pack<float, HEADS>::of(f);
   }
 };
 
 // ------------------------------------------------------------------------------------------------------------ the kernel
 
-template <class T, int W, int HEADS, int ROWS, int STAGES, int THREADS, int BLOCKS>
-__global__ __launch_bounds__(THREADS, BLOCKS) void step_kernel(const __grid_constant__ StepParams p, const int split) {
-  const int rank = blockIdx.x % split;
-  const int64_t b = blockIdx.x / split / p.H, head = blockIdx.x / split % p.H;
-  const int r = p.HQ / p.H, K = p.K, V = p.V, M = p.M;
-  const int k_slice = (K + split - 1) / split, v_slice = (V + W * split - 1) / (W * split) * W;
+constexpr int kGridY = 65535;                              // rows of the batch in gridDim.y, the rest in z
+
+template <class T, class In, int W, int HEADS, int ROWS, int STAGES, int THREADS, int BLOCKS>
+__global__ __launch_bounds__(THREADS, BLOCKS) void step_kernel(const __grid_constant__ StepParams p, const __grid_constant__ Plan plan) {
+  const int split = plan.split, rank = blockIdx.x & (split - 1), head = blockIdx.x >> plan.shift;
+  const int64_t b = blockIdx.y + int64_t(kGridY) * blockIdx.z;
+  const int r = plan.r, K = p.K, V = p.V, M = p.M, k_slice = plan.k_slice, v_slice = plan.v_slice;
   const int k0 = min(rank * k_slice, K), v0 = min(rank * v_slice, V), rows = min(k_slice, K - k0), columns = min(v_slice, V - v0);
+  if (b >= p.B) return;
   int64_t row = b;
   if (p.state_indices) row = p.indices_64 ? static_cast<const int64_t*>(p.state_indices)[b] : static_cast<const int32_t*>(p.state_indices)[b];
+  const int64_t out = b * p.o.batch + int64_t(head) * r * p.o.head + v0;
+  const DType o_dtype = known<In>(p.o.dtype);
+  auto each_output = [&](int heads, auto&& f) {            // f(head, column)
+    for (int e = threadIdx.x; e < heads * v_slice; e += THREADS) {
+      const int h = plan.v_columns.quotient(e), c = e - h * v_slice;
+      if (c < columns) f(h, c);
+    }
+  };
   if (row < 0 || row >= p.P || (p.mask && !p.mask[b])) {   // padding: nothing is read
-    for (int e = threadIdx.x; e < r * columns; e += THREADS)
-      store_as(p.o.ptr, b * p.o.batch + (head * r + e / columns) * p.o.head + v0 + e % columns, p.o.dtype, 0.f);
+    for (int h = 0; h < r; ++h)
+      for (int c = threadIdx.x; c < columns; c += THREADS) store_as(p.o.ptr, out + h * p.o.head + c, o_dtype, 0.f);
     return;
   }
   const int64_t state = row * p.H + head;
-  Part<T, W, THREADS> hk(static_cast<T*>(p.hk) + (state * K + k0) * M, rows, M, M);
-  Part<T, W, THREADS> hv(static_cast<T*>(p.hv) + state * M * V + v0, columns > 0 ? M : 0, max(columns, 1), V);
+  const Part<T, W, THREADS> hk(static_cast<T*>(p.hk) + (state * K + k0) * M, rows, M, M, plan.k_across, plan.k_down);
+  const Part<T, W, THREADS> hv(static_cast<T*>(p.hv) + state * M * V + v0, M, columns, V, plan.v_across, plan.v_down);
 
   extern __shared__ __align__(16) char shared[];
-  Stream<T, W, ROWS, STAGES, THREADS> stream(hk, hv, shared, (r + HEADS - 1) / HEADS);
+  Stream<T, W, ROWS, STAGES, THREADS> stream(hk, hv, shared, HEADS == 1 ? r : (r + HEADS - 1) / HEADS);
   Arena mem{shared + STAGES * ROWS * THREADS * int(sizeof(Pack<T, W>))};
   float* gate = mem.take<float>(M);
   float* write = mem.take<float>(M);
@@ -308,20 +363,22 @@ __global__ __launch_bounds__(THREADS, BLOCKS) void step_kernel(const __grid_cons
   const int size = HEADS * M;
   float* sums = split > 1 ? mem.take<float>(2 * split * size) : nullptr;
   const Exchange exchange{sums, split > 1 ? mem.take<uint64_t>(2) : nullptr, split, rank, size};
-  if (split > 1 && threadIdx.x == 0) exchange.open();
+  if (split > 1) exchange.open();
 
   const int longest = max(M, max(k_slice, v_slice));
 #pragma unroll 1
   for (int i = threadIdx.x; i < longest; i += THREADS) {
-    const Element ge(p.g, b, head, i, i < M), se(p.s, b, head, i, i < M), ke(p.k, b, head, k0 + i, i < rows), ve(p.v, b, head, v0 + i, i < columns);
-    const Queries<HEADS> qe(p, b, head * r, r, k0 + i, i < rows);
-    const Element ko(p.k, b, head, qe.turn.other, qe.turn.on);
+    const DType t = known<In>(p.q.dtype), g_dtype = known_gate<In>(p.g.dtype), s_dtype = known_gate<In>(p.s.dtype);
+    const Element ge(p.g, g_dtype, b, head, i, i < M), se(p.s, s_dtype, b, head, i, i < M);
+    const Element ke(p.k, t, b, head, k0 + i, i < rows), ve(p.v, t, b, head, v0 + i, i < columns);
+    const Queries<In, HEADS> qe(p, b, head * r, r, k0 + i, i < rows);
+    const Element ko(p.k, t, b, head, qe.turn.other, qe.turn.on);
     const float z = !p.g.ptr && i < M ? to_float(static_cast<const T*>(p.z)[state * M + i]) : 0.f;
-    if (i < rows) k[i] = qe.turn.get(p, p.k, ke, ko), qe.put(q + i * HEADS, p);
-    if (i < columns) v[i] = p.silu_v ? silu(ve.get(p.v), p.v.dtype) : ve.get(p.v);
+    if (i < rows) k[i] = qe.turn.get(p, ke, ko), qe.put(q + i * HEADS, p);
+    if (i < columns) v[i] = p.silu_v ? silu(ve.get(t), t) : ve.get(t);
     if (i >= M) continue;
-    const float e = se.get(p.s);
-    float g = ge.get(p.g);
+    const float e = se.get(s_dtype);
+    float g = ge.get(g_dtype);
     if (p.gate_normalizer != 0) g = (fminf(g, 0.f) - log1pf(expf(-fabsf(g)))) / static_cast<float>(p.gate_normalizer);
     float a = 1.f, s = 0.f, next = z;
     if (p.g.ptr) {
@@ -345,7 +402,7 @@ __global__ __launch_bounds__(THREADS, BLOCKS) void step_kernel(const __grid_cons
     const int heads = min(HEADS, r - h0);
     const bool last = h0 + HEADS >= r;                     // until then every turn starts from the states as they were
     if (h0 > 0)
-      for (int i = threadIdx.x; i < rows; i += THREADS) Queries<HEADS>(p, b, head * r + h0, heads, k0 + i, true).put(q + i * HEADS, p);
+      for (int i = threadIdx.x; i < rows; i += THREADS) Queries<In, HEADS>(p, b, head * r + h0, heads, k0 + i, true).put(q + i * HEADS, p);
     __syncthreads();
     if (h0 == 0) {
       if (split > 1) Exchange::all_here();
@@ -375,9 +432,9 @@ __global__ __launch_bounds__(THREADS, BLOCKS) void step_kernel(const __grid_cons
       for (int j = 0; j < kSlots; ++j) {
         const int m = lane_id() + 32 * j;
         x[j] = -INFINITY;
-        if (m < M) {
+        if (32 * j < M && m < M) {                         // the same for all lanes first
           x[j] = 0.f;
-#pragma unroll 2
+#pragma unroll 4
           for (int i = 0; i < count; ++i) x[j] += parts[(i * HEADS + h) * M + m];
         }
         top = fmaxf(top, x[j]);
@@ -385,6 +442,7 @@ __global__ __launch_bounds__(THREADS, BLOCKS) void step_kernel(const __grid_cons
       for (int i = 16; i; i /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, i));
 #pragma unroll
       for (int j = 0; j < kSlots; ++j) {
+        if (32 * j >= M) break;
         x[j] = lane_id() + 32 * j < M ? expf(x[j] - top) : 0.f;
         total += x[j];
       }
@@ -392,21 +450,20 @@ __global__ __launch_bounds__(THREADS, BLOCKS) void step_kernel(const __grid_cons
       const float inverse = 1.f / total;
 #pragma unroll
       for (int j = 0; j < kSlots; ++j)
-        if (const int m = lane_id() + 32 * j; m < M) prob[m * HEADS + h] = x[j] * inverse;
+        if (const int m = lane_id() + 32 * j; 32 * j < M && m < M) prob[m * HEADS + h] = x[j] * inverse;
     }
     __syncthreads();
     if (split > 1 && threadIdx.x == 0) exchange.expect(turn);   // its next use
 
     stream.template advance<true, HEADS>(gate, write, prob, nullptr, v, last, acc);
-    hv.template leave<HEADS>(partial, columns, acc);
+    hv.template leave<HEADS>(partial, v_slice, acc);
     __syncthreads();
-    for (int e = threadIdx.x; e < heads * columns; e += THREADS) {
-      const int h = e / columns, c = e % columns;
+    each_output(heads, [&](int h, int c) {
       float sum = 0.f;
 #pragma unroll 4
-      for (int i = 0; i < hv.stride; ++i) sum += partial[(i * HEADS + h) * columns + c];
-      store_as(p.o.ptr, b * p.o.batch + (head * r + h0 + h) * p.o.head + v0 + c, p.o.dtype, sum);
-    }
+      for (int i = 0; i < hv.stride; ++i) sum += partial[(i * HEADS + h) * v_slice + c];
+      store_as(p.o.ptr, out + (h0 + h) * p.o.head + c, o_dtype, sum);
+    });
     __syncthreads();
   }
 }
@@ -424,34 +481,38 @@ bool device_has_clusters() {
   return major >= 9;
 }
 
-template <class T, int W, int HEADS, int ROWS, int STAGES, int THREADS, int BLOCKS>
+template <class T, class In, int W, int HEADS, int ROWS, int STAGES, int THREADS, int BLOCKS>
 void run(const StepParams& p, bool clusters) {
-  int split = 1;                                           // of the shape alone
-  while (clusters && split < kMaxSplit && int64_t(p.K + p.V) * p.M * int64_t(sizeof(T)) > split * block_bytes(HEADS)) split *= 2;
-  const int k_slice = ceil_div(p.K, split), v_slice = ceil_div(p.V, W * split) * W;
-  const int64_t shared = int64_t(STAGES) * ROWS * THREADS * W * sizeof(T) + 2 * arena(p.M, 4) + arena(k_slice, 4) + arena(v_slice, 4) +
-                         arena(HEADS * k_slice, 4) + arena(HEADS * p.M, 4) + arena(HEADS * W * THREADS, 4) +
+  Plan plan;
+  plan.split = 1, plan.shift = 0;                          // of the shape alone
+  while (clusters && plan.split < kMaxSplit && int64_t(p.K + p.V) * p.M * int64_t(sizeof(T)) > plan.split * block_bytes(HEADS)) plan.split *= 2, ++plan.shift;
+  const int split = plan.split;
+  plan.r = p.HQ / p.H, plan.k_slice = ceil_div(p.K, split), plan.v_slice = ceil_div(p.V, W * split) * W;
+  const int k_across = ceil_div(p.M, W), v_across = ceil_div(plan.v_slice, W);
+  plan.k_across = Divider(k_across), plan.k_down = Divider(THREADS / k_across), plan.v_across = Divider(v_across), plan.v_down = Divider(THREADS / v_across);
+  plan.v_columns = Divider(plan.v_slice);
+  const int64_t shared = int64_t(STAGES) * ROWS * THREADS * W * sizeof(T) + 2 * arena(p.M, 4) + arena(plan.k_slice, 4) + arena(plan.v_slice, 4) +
+                         arena(HEADS * plan.k_slice, 4) + arena(HEADS * p.M, 4) + arena(HEADS * W * THREADS, 4) +
                          (split > 1 ? arena(2 * split * HEADS * p.M, 4) + arena(2, 8) : 0);
-  const auto kernel = step_kernel<T, W, HEADS, ROWS, STAGES, THREADS, BLOCKS>;
-  const int64_t blocks = p.B * p.H * split;
-  if (split == 1) return launch("step", kernel, blocks, THREADS, shared, p.stream, p, 1);
-  if (blocks > 2147483647LL) throw std::runtime_error("gsa_ext: step: more than 2^31 - 1 blocks of work; split the batch");
+  const auto kernel = step_kernel<T, In, W, HEADS, ROWS, STAGES, THREADS, BLOCKS>;
+  if (int64_t(p.H) * split > 2147483647LL || p.B > int64_t(kGridY) * kGridY) throw std::runtime_error("gsa_ext: step: too many rows or heads; split the batch");
   if (shared > 48 * 1024) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), "step");
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {static_cast<unsigned>(split), 1, 1};
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.gridDim =
+      dim3(static_cast<unsigned>(p.H * split), static_cast<unsigned>(std::min<int64_t>(p.B, kGridY)), static_cast<unsigned>(ceil_div(p.B, kGridY)));
   config.blockDim = dim3(THREADS);
   config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(p.stream);
   config.attrs = &cluster;
-  config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, kernel, p, split), "step");
+  config.numAttrs = split > 1;
+  check_launch(cudaLaunchKernelEx(&config, kernel, p, plan), "step");
 }
 
 // 16 bytes at a time where the rows of both states allow it.
-template <class T>
+template <class T, class In>
 void choose(const StepParams& p) {
   constexpr int W = 16 / sizeof(T);
   const bool clusters = device_has_clusters();
@@ -459,17 +520,24 @@ void choose(const StepParams& p) {
   constexpr bool fp32 = sizeof(T) == 4;
   constexpr int rows = fp32 ? 4 : 2, stages = fp32 ? 4 : 6;
   const int r = p.HQ / p.H;
-  if (!wide) run<T, 1, 4, 8, 3, 512, 1>(p, clusters);
-  else if (r == 1) run<T, W, 1, rows, stages, 128, 5>(p, clusters);
-  else if (r <= 4) run<T, W, 4, rows, stages, 128, 5>(p, clusters);
-  else run<T, W, 8, rows, fp32 ? 3 : 4, 128, 4>(p, clusters);
+  if (!wide) run<T, Anything, 1, 4, 8, 3, 512, 1>(p, clusters);
+  else if (r == 1) run<T, In, W, 1, rows, stages, 128, 5>(p, clusters);
+  else if (r <= 4) run<T, In, W, 4, rows, stages, 128, 5>(p, clusters);
+  else run<T, In, W, 8, rows, fp32 ? 3 : 4, 128, 4>(p, clusters);
+}
+
+template <class T>
+void choose_inputs(const StepParams& p) {
+  auto gate = [](const View& x) { return !x.ptr || x.dtype == DType::bf16 || x.dtype == DType::f32; };
+  if (p.q.dtype == DType::bf16 && gate(p.g) && gate(p.s)) choose<T, bf16>(p);
+  else choose<T, Anything>(p);
 }
 
 }  // namespace
 
 void step(const StepParams& p) {
-  if (p.state_dtype == DType::bf16) choose<bf16>(p);
-  else choose<float>(p);
+  if (p.state_dtype == DType::bf16) choose_inputs<bf16>(p);
+  else choose_inputs<float>(p);
 }
 
 }  // namespace gsa::cuda

@@ -14,7 +14,7 @@ from transformers import initialization as init
 
 from gsa_ext.hf.cache import GSACacheLayer
 from gsa_ext.hf.rotary import is_half_rotation, is_half_rotation_to_the_bit
-from gsa_ext.hf.window import causal_attention, window_attention
+from gsa_ext.hf.window import causal_attention, window_attention, window_step
 from gsa_ext.layer import RMSNorm, Rotary, layer_state, linears, slot_attention
 
 if TYPE_CHECKING:
@@ -154,21 +154,26 @@ class GSAAttention(nn.Module):
         gate_logits = self._key_logits(k) if self.f_proj is None else outputs[-1].unflatten(-1, (self.num_kv_heads, self.num_slots))
         if self.lowest_logit is not None:
             gate_logits = gate_logits.clamp(min=self.lowest_logit)
-        rotary = None
-
-        beside = None
+        turn, rotary, rotated, beside = None, None, None, None
+        if self.rotates and self.step_rotates and position_embeddings is not None:
+            turn = Rotary(position_embeddings[0], position_embeddings[1], lambda q, k: self._rotated(q, k, position_embeddings))
         if self.window is not None:
-            rotated = self._rotated(q, k, position_embeddings)
-            past = None if state is None else state.window
-            beside, kept = window_attention(
-                *rotated, v, self.window, self.softmax_scale, mask, past, cu_seqlens, keep=state is not None)      # type: ignore[misc]
+            past, step = None if state is None else state.window, None
+            alone = q.shape[1] == 1 and state is not None and cu_seqlens is None and not (torch.is_grad_enabled() and (q.requires_grad or v.requires_grad))
+            if alone and (turn is not None or not self.rotates):
+                step = window_step(q, k, v, self.window, self.softmax_scale, mask, past, turn)
+            if step is None:
+                rotated = self._rotated(q, k, position_embeddings)
+                step = window_attention(
+                    *rotated, v, self.window, self.softmax_scale, mask, past, cu_seqlens, keep=state is not None)      # type: ignore[misc, assignment]
+            beside, kept = step                                              # type: ignore[misc]
             if state is not None:
                 state.window = kept
         if self.settings["rope"] == "keep":
-            if beside is None and self.rotates and self.step_rotates and position_embeddings is not None:
-                rotary = Rotary(position_embeddings[0], position_embeddings[1], lambda q, k: self._rotated(q, k, position_embeddings))
+            if rotated is None and turn is not None:
+                rotary = turn
             else:
-                q, k = self._rotated(q, k, position_embeddings) if beside is None else rotated
+                q, k = self._rotated(q, k, position_embeddings) if rotated is None else rotated
         silu, normalizer = self.settings["silu"], self.settings["gate_logit_normalizer"]
         o = slot_attention(q, k, v, gate_logits, normalizer, self.scale, mask, state, cu_seqlens, silu, silu, rotary)
         if beside is not None:

@@ -119,7 +119,7 @@ class _Step:
             for layer, held in zip(layers, self.held):
                 layer.restore(held, 1)
             out = eager(**self.inputs, **options, past_key_values=cache, use_cache=True, return_dict=True)
-            for layer, held in zip(layers, self.held):                       # windows and short convolutions come as new tensors
+            for layer, held in zip(layers, self.held):                       # what came as a new tensor
                 for name, x in layer.tensors().items():
                     if x is not held[name]:
                         held[name].copy_(x)

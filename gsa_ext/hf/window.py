@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from gsa_ext.layer import Rotary
 
 
 class WindowState(NamedTuple):
@@ -86,6 +88,26 @@ def window_attention(
             last = tuple(x.detach().gather(1, at.expand(-1, -1, *x.shape[2:])) for x in (keys, values))      # type: ignore[assignment]
         state = WindowState(*last, (past.filled + count).clamp(max=back))
     return o, state
+
+
+def window_step(
+    q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, mask: Tensor | None = None, past: WindowState | None = None, rotary: Rotary | None = None,
+) -> tuple[Tensor, WindowState] | None:
+    """:func:`window_attention` of one token, without gradients, as one kernel that rotates q and k itself and moves the state on in place; None where that
+    is not possible."""
+    if past is None:
+        where: dict[str, Any] = {"dtype": k.dtype, "device": k.device}
+        (B, _, H, K), V, back = k.shape, v.shape[-1], window - 1
+        past = WindowState(torch.zeros(B, back, H, K, **where), torch.zeros(B, back, H, V, **where), torch.zeros(B, dtype=torch.int64, device=k.device))
+    cos, sin = None, None
+    if rotary is not None:
+        if not rotary.in_kernel(q):
+            return None
+        cos, sin = rotary.cos[:, 0], rotary.sin[:, 0]
+    if any(x.dtype != q.dtype for x in (k, v, past.keys, past.values)) or not all(x.is_contiguous() for x in past):
+        return None
+    token = None if mask is None else mask[:, 0]
+    return torch.ops.gsa.window_step(q[:, 0], k[:, 0], v[:, 0], *past, scale, token, cos, sin)[:, None], past
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:

@@ -54,18 +54,21 @@ inline int hopper_multiprocessors() {
   return major == 9 ? count : 0;
 }
 
+inline void check_launch(cudaError_t e, const char* name) {
+  if (e == cudaErrorNoKernelImageForDevice)
+    throw std::runtime_error(std::string("gsa_ext: ") + name +
+                             ": this build has no kernels for this GPU (built for " GSA_BUILT_ARCHS
+                             "); reinstall with TORCH_CUDA_ARCH_LIST set to its compute capability");
+  check(e, name);
+}
+
 template <class Kernel, class... Args>
 void launch(const char* name, Kernel kernel, int64_t blocks, int threads, int64_t shared, void* stream, const Args&... args) {
   if (blocks <= 0) return;
   if (blocks > 2147483647LL) throw std::runtime_error(std::string("gsa_ext: ") + name + ": more than 2^31 - 1 blocks of work; split the batch");
   if (shared > 48 * 1024) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), name);
   kernel<<<static_cast<unsigned>(blocks), threads, shared, static_cast<cudaStream_t>(stream)>>>(args...);
-  const cudaError_t e = cudaGetLastError();
-  if (e == cudaErrorNoKernelImageForDevice)
-    throw std::runtime_error(std::string("gsa_ext: ") + name +
-                             ": this build has no kernels for this GPU (built for " GSA_BUILT_ARCHS
-                             "); reinstall with TORCH_CUDA_ARCH_LIST set to its compute capability");
-  check(e, name);
+  check_launch(cudaGetLastError(), name);
 }
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
