@@ -408,7 +408,8 @@ def test_refusals():
         ({"scale": -1.0}, ValueError, "scale"), ({"scale": "big"}, TypeError, "scale"),
         ({"gate": "none"}, ValueError, "gate"), ({"gate": 3}, TypeError, "gate"), ({"slots": 3}, TypeError, "slots"),
         ({"preset": "paper", "window": 64}, ValueError, "window"), ({"window": 0}, ValueError, "window"), ({"window": 4.0}, TypeError, "window"),
-        ({"preset": "t2r", "mix": 0.5}, ValueError, "mix"), ({"window": 4, "mix": 0.0}, ValueError, "mix"), ({"preset": "liger", "mix": "half"}, TypeError, "mix"),
+        ({"preset": "t2r", "mix": 0.5}, ValueError, "mix"),
+        ({"window": 4, "mix": 0.0}, ValueError, "mix"), ({"preset": "liger", "mix": "half"}, TypeError, "mix"),
     ):
         before = {name: id(p) for name, p in model.named_parameters()}
         with pytest.raises(error, match=match):
