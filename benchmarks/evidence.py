@@ -1,27 +1,39 @@
 """Does a converted model get back what its teacher had? Arms at one token budget, on the Python sources of this machine.
 
     python -m benchmarks.evidence FOLDER --seconds 85      # goes on where the last call stopped; as often as it says that runs are left
-    python -m benchmarks.evidence FOLDER --report          # evidence.md and evidence.png of what is there
+    python -m benchmarks.evidence FOLDER --workers 6       # six runs at a time, in processes of their own, spread over the GPUs that there are
+    python -m benchmarks.evidence FOLDER --report          # evidence.md, .png and .json of what is there
 
 A byte-level Llama (d 384, 8 layers, 6/2 heads) is trained once. Every arm starts from it ("scratch" from nothing) and is trained on as many tokens, in the
-same order for the same seed: first seed 0 at each learning rate, then the other seeds at the best. FOLDER gets one JSON file for each run, when the run is
+same order for the same seed: with seed 0 at learning rates a factor of about three apart, three of them and then further ones until the best has a worse one
+on either side; then with the other seeds at the best, one seed of all arms before the next of any. FOLDER gets one JSON file for each run, when the run is
 done. A difference between two arms is a finding only where their means over the seeds differ by more than two standard errors.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
+import gc
 import json
 import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
 import statistics
 import sys
 import time
+import traceback
+from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+import transformers
 
 from benchmarks.__main__ import commit
 
@@ -43,12 +55,13 @@ class Size:
 
 
 TINY = Size(hidden=64, layers=2, heads=4, kv_heads=2, length=128, batch=4, teacher_tokens=40_000, tokens=8_000, held_out=8)
+LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)                 # learning rates
 LRS = (3e-4, 1e-3, 3e-3)
 
 
 @dataclass(frozen=True)
 class Arm:
-    """``convert`` options (None: not converted), and how it is trained."""
+    """``convert`` options (None: not converted), and how it is trained. ``lrs``: where the search for the best learning rate starts on the ladder."""
 
     options: dict[str, Any] | None
     lrs: tuple[float, ...] = LRS
@@ -57,17 +70,21 @@ class Arm:
     scratch: bool = False
 
 
+# liger with 64 slots: at a head dimension of 64 its own 128 are each of the 64 twice, which is the same function
 ARMS = {
-    "teacher goes on": Arm(None),
+    "teacher goes on": Arm(None, (1e-4, 3e-4, 1e-3)),
     "t2r": Arm({"preset": "t2r"}),
     "paper": Arm({"preset": "paper"}),
-    "liger": Arm({"preset": "liger"}),
+    "liger": Arm({"preset": "liger", "num_slots": 64}),
     "t2r, window 64": Arm({"preset": "t2r", "window": 64, "mix": "learned"}),
-    "window 64 alone": Arm({"preset": "liger", "mix": 1.0}),
+    "window 64 alone": Arm({"preset": "liger", "num_slots": 64, "mix": 1.0}),
     "t2r, transfer first": Arm({"preset": "t2r"}, transfer=0.2),
     "t2r, LoRA": Arm({"preset": "t2r"}, (1e-3, 3e-3, 1e-2), lora=True),
-    "t2r from scratch": Arm({"preset": "t2r"}, (1e-3, 2e-3, 4e-3), scratch=True),
+    "t2r from scratch": Arm({"preset": "t2r"}, (1e-3, 3e-3, 1e-2), scratch=True),
+    "t2r, 128 slots": Arm({"preset": "t2r", "num_slots": 128}),
 }
+Job = tuple[str, float, int]                                             # arm, learning rate, seed
+TEACHER: Job = ("the teacher", 0.0, 0)
 
 
 def main() -> int:
@@ -79,34 +96,156 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, help=f"of each arm (default: {Size.tokens:,})")
     parser.add_argument("--teacher-tokens", type=int, help=f"default: {Size.teacher_tokens:,}")
     parser.add_argument("--tiny", action="store_true", help="a model and budgets of a few seconds, to see that it runs")
+    parser.add_argument("--workers", type=int, default=1, help="processes; with CUDA they share all GPUs (default: 1, this process)")
+    parser.add_argument("--patience", type=float, default=math.inf, help="seconds after which a worker that is busy with one run is stopped (default: never)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
     if args.report:
         return report(args.folder)
-    began = time.perf_counter()
+    end = time.monotonic() + args.seconds
     size = TINY if args.tiny else Size()
     size = Size(**{**asdict(size), **{name: getattr(args, name) for name in ("tokens", "teacher_tokens") if getattr(args, name)}})
-    device = torch.device(args.device)
     (args.folder / "runs").mkdir(parents=True, exist_ok=True)
-    text = Text(size, device)
-    left = args.seconds - (time.perf_counter() - began)
-    if not teach(args.folder / "teacher", size, text, device, left):
-        print("the teacher is not done: call again")
-        return 0
-
-    longest, waiting = 0.0, 0
-    while (todo := pending(args.folder, args.arms, args.seeds)):
-        waiting = len(todo)
-        if time.perf_counter() - began + 1.1 * longest > args.seconds:
-            break
-        start = time.perf_counter()
-        row = run(args.folder, *todo[0], size, text, device)
-        longest, waiting = max(longest, time.perf_counter() - start), waiting - 1
-        print(f"{row['arm']:<22} lr {row['lr']:.0e} seed {row['seed']}  bits per byte {row['curve'][0][1]:.3f} -> {row['curve'][-1][1]:.4f}  "
-              f"{row['tokens_per_second'] / 1e3:,.0f} K tokens/s, {time.perf_counter() - start:.1f} s", flush=True)
-    print(f"{waiting} or more runs are left: call again" if waiting else "all runs are there")
+    places = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if args.device == "cuda" else [args.device]
+    crew: list[Any] = [Here(args.folder, size, places[0])]
+    if args.workers > 1:
+        crew = [Process(args.folder, size, places[i % len(places)], args.workers) for i in range(args.workers)]
+    try:
+        left = oversee(crew, args.folder, args.arms, args.seeds, end, args.patience)
+    finally:
+        for worker in crew:
+            worker.stop()
+    print(left or "all runs are there")
     return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------- who does it
+
+
+class Here:
+    """A worker that is this process."""
+
+    def __init__(self, folder: Path, size: Size, place: str) -> None:
+        self.folder, self.size, self.place, self.device = folder, size, place, torch.device(place)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        self.text = Text(size, self.device)
+        self.result: Any = None
+        transformers.utils.logging.disable_progress_bar()
+
+    def start(self, job: Job, end: float) -> None:
+        """Does ``job``; the result is the line to print, or the exception."""
+        start = time.monotonic()
+        try:
+            if job == TEACHER:
+                self.result = teach(self.folder / "teacher", self.size, self.text, self.device, end)
+            else:
+                row = run(self.folder, *job, self.size, self.text, self.device)
+                self.result = (f"{row['arm']:<22} lr {row['lr']:.0e} seed {row['seed']}  bits per byte {row['curve'][0][1]:.3f} -> {row['curve'][-1][1]:.4f}  "
+                               f"{row['tokens_per_second'] / 1e3:,.0f} K tokens/s, {time.monotonic() - start:.1f} s")
+        except Exception as error:                                       # one run that fails must not take the others with it
+            self.result = RuntimeError(f"{job} failed: {error}\n{traceback.format_exc(limit=-6)}")
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def finish(self) -> Any:
+        return self.result
+
+    def stop(self) -> None:
+        pass
+
+
+class Process:
+    """A worker that is a process of its own."""
+
+    def __init__(self, folder: Path, size: Size, place: str, workers: int) -> None:
+        self.given = folder, size, place, workers
+        context = multiprocessing.get_context("spawn")
+        self.place, (self.pipe, other) = place, context.Pipe()
+        threads = max(1, torch.get_num_threads() // workers)
+        self.process = context.Process(target=attend, args=(other, folder, size, place, threads), daemon=True)
+        self.process.start()
+        other.close()
+
+    def start(self, job: Job, end: float) -> None:
+        self.pipe.send((job, end))
+
+    def finish(self) -> Any:
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            return RuntimeError(f"a worker on {self.place} is gone (exit code {self.process.exitcode})")
+
+    def stop(self, wait: float = 5) -> None:
+        self.pipe.close()
+        if not wait:
+            os.kill(self.process.pid, signal.SIGABRT)                    # and so it says where it is
+        self.process.join(wait or 2)
+        self.process.kill()
+
+
+def attend(pipe: Any, folder: Path, size: Size, place: str, threads: int) -> None:
+    faulthandler.enable()
+    torch.set_num_threads(threads)
+    worker = Here(folder, size, place)
+    try:
+        while True:
+            worker.start(*pipe.recv())
+            pipe.send(worker.finish())
+    except (EOFError, OSError, KeyboardInterrupt):                       # nobody waits any more
+        pass
+
+
+def oversee(crew: list[Any], folder: Path, arms: list[str], seeds: int, end: float, patience: float) -> str:
+    """Hands out the jobs until none is left or time is short; returns what is left, in words. While the teacher is trained, the workers of other GPUs
+    do what needs no teacher. A worker that takes longer than ``patience`` for a run is replaced."""
+    busy: dict[Any, tuple[Job, float]] = {}
+    failed: set[Job] = set()
+    took: dict[str, float] = {}
+    while True:
+        taught = (folder / "teacher" / "history.json").exists()
+        todo = [] if TEACHER in failed else pending(folder, arms, seeds, {job for job, _ in busy.values()} | failed)
+        if not taught:
+            where = next((worker.place for worker, (job, _) in busy.items() if job == TEACHER), None)
+            todo = [TEACHER] if where is None and TEACHER not in failed else [job for job in todo if ARMS[job[0]].scratch]
+        waiting = 0
+        for worker in crew:
+            if worker in busy or not todo or (not taught and todo[0] != TEACHER and worker.place == where):
+                continue
+            job, now = todo[0], time.monotonic()
+            if job != TEACHER and now + 1.1 * took.get(job[0], max(took.values(), default=0.0)) > end:
+                waiting = len(todo)
+                break
+            busy[worker] = job, now
+            worker.start(job, end)
+            todo = todo[1:]
+            if isinstance(worker, Here) or job == TEACHER:
+                break
+        if not busy:
+            lost = f"{len(failed)} runs failed; " if failed else ""
+            return f"{lost}{waiting} or more runs are left: call again" if waiting else lost if failed else ""
+        pipes = {worker.pipe: worker for worker in busy if isinstance(worker, Process)}
+        ready = [pipes[pipe] for pipe in multiprocessing.connection.wait(list(pipes), 2.0)] if pipes else list(busy)      # type: ignore[index]
+        for worker in [w for w, (job, start) in busy.items() if w not in ready and job != TEACHER and time.monotonic() - start > patience]:
+            print(f"{busy[worker][0]} took longer than {patience} s: stopped", flush=True)
+            failed.add(busy.pop(worker)[0])
+            worker.stop(0)
+            crew[crew.index(worker)] = Process(*worker.given)
+        for worker in ready:
+            (job, start), result = busy.pop(worker), worker.finish()
+            if isinstance(result, Exception):
+                print(f"{result}", flush=True)
+                failed.add(job)
+                if isinstance(worker, Process) and not worker.process.is_alive():
+                    crew.remove(worker)
+                continue
+            print(f"{result}", flush=True)
+            if job == TEACHER and not (folder / "teacher" / "history.json").exists():
+                return "the teacher is not done: call again"
+            if job != TEACHER:
+                took[job[0]] = time.monotonic() - start
 
 
 # ---------------------------------------------------------------------------------------------------------------------- what there is to do
@@ -116,14 +255,28 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted((folder / "runs").glob("*.json"))]
 
 
-def pending(folder: Path, arms: list[str], seeds: int) -> list[tuple[str, float, int]]:
-    """(arm, learning rate, seed) of the runs to come: the sweeps of all arms before the further seeds of any."""
-    done = {(row["arm"], row["lr"], row["seed"]): row["curve"][-1][1] for row in rows(folder)}
-    sweep = [(arm, lr, 0) for arm in arms for lr in ARMS[arm].lrs if (arm, lr, 0) not in done]
-    if sweep:
-        return sweep
-    best = {arm: min(ARMS[arm].lrs, key=lambda lr, arm=arm: done[arm, lr, 0]) for arm in arms}
-    return [(arm, best[arm], seed) for seed in range(1, seeds) for arm in arms if (arm, best[arm], seed) not in done]
+def final(row: dict[str, Any]) -> float:
+    """Bits per byte at the end; infinite where training failed."""
+    value = row["curve"][-1][1]
+    return value if math.isfinite(value) else math.inf
+
+
+def pending(folder: Path, arms: list[str], seeds: int, taken: Collection[Job] = ()) -> list[Job]:
+    """(arm, learning rate, seed) of the runs to come and not ``taken``: searches for learning rates before further seeds."""
+    done = {(row["arm"], row["lr"], row["seed"]): final(row) for row in rows(folder)}
+    sweeps, more = [], []
+    for arm in arms:
+        missing = [lr for lr in ARMS[arm].lrs if (arm, lr, 0) not in done]
+        if not missing:
+            swept = {lr: done[arm, lr, 0] for lr in LADDER if (arm, lr, 0) in done}
+            best = min(swept, key=lambda lr, swept=swept: swept[lr])     # type: ignore[misc]
+            at = LADDER.index(best)
+            missing = [lr for lr in LADDER[max(0, at - 1):at + 2] if lr not in swept]
+        if missing:
+            sweeps += [(arm, lr, 0) for lr in missing]
+        else:
+            more += [(arm, best, seed) for seed in range(1, seeds) if (arm, best, seed) not in done]
+    return [job for job in (*sweeps, *sorted(more, key=lambda job: job[2])) if job not in taken]
 
 
 # ---------------------------------------------------------------------------------------------------------------------- training
@@ -138,6 +291,7 @@ class Text:
         train, held = data.python_sources()
         self.train = torch.from_numpy(data.Blocks(train, size.length).tokens.copy()).to(device)
         self.held = data.Blocks(held, size.length).first(size.held_out)
+        self.sizes = {"training bytes": len(train), "held-out bytes": len(held), "of which read": self.held.tokens.size}
         self.size, self.device = size, device
 
     def order(self, seed: int, steps: int) -> torch.Tensor:
@@ -167,7 +321,12 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(parameters, lr=self.rate, betas=(0.9, 0.95), weight_decay=0.01, **options)
         self.graph: Any = None
         if self.cuda:
-            self._capture()
+            try:
+                self._capture()
+            except RuntimeError as error:                                # slower, and the same
+                print(f"no CUDA graph: {error}", flush=True)
+                self.graph = None
+                self.optimizer.zero_grad()
 
     def _once(self) -> None:
         with torch.autocast("cuda", torch.bfloat16) if self.cuda else nullcontext():
@@ -188,9 +347,10 @@ class Trainer:
         for state in self.optimizer.state.values():
             for value in state.values():
                 value.zero_()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             self._once()
+        self.graph = graph
 
     def go(self, until: int) -> None:
         while self.step < until:
@@ -219,14 +379,27 @@ def llama(size: Size) -> Any:
         eos_token_id=None))
 
 
-def teach(folder: Path, size: Size, text: Text, device: torch.device, seconds: float) -> bool:
-    """Trains the teacher, or goes on with it; whether it is done. Its weights are stored, and used, in bf16."""
-    if (folder / "history.json").exists():
-        return True
+def lean(model: Any) -> Any:
+    """Norms in one kernel each, which under autocast give the projections bf16 at once, as they would make it of fp32 themselves."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    class Norm(LlamaRMSNorm):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+            return y.bfloat16() if torch.is_autocast_enabled(x.device.type) else y
+
+    for module in model.modules():
+        if type(module) is LlamaRMSNorm:
+            module.__class__ = Norm
+    return model
+
+
+def teach(folder: Path, size: Size, text: Text, device: torch.device, end: float) -> str:
+    """Trains the teacher, or goes on with it; says how far it is. Its weights are stored, and used, in bf16; history.json is there when it is done."""
     folder.mkdir(parents=True, exist_ok=True)
     began, partial = time.perf_counter(), folder / "partial.pt"
     torch.manual_seed(0)
-    model, steps = llama(size).to(device), size.teacher_tokens // (size.batch * size.length)
+    model, steps = lean(llama(size)).to(device), size.teacher_tokens // (size.batch * size.length)
     saved = torch.load(partial, map_location=device) if partial.exists() else None
     if saved:
         model.load_state_dict(saved["model"])
@@ -244,17 +417,17 @@ def teach(folder: Path, size: Size, text: Text, device: torch.device, seconds: f
     while trainer.step < steps:
         trainer.go(min(steps, trainer.step + every))
         curve.append((trainer.step * size.batch * size.length, text.bits(model)))
-        if time.perf_counter() - began > seconds:
+        if time.monotonic() > end:
             break
-    print(f"teacher: {trainer.step} of {steps} steps, {curve[-1][1]:.4f} bits per byte, {time.perf_counter() - began:.1f} s", flush=True)
+    line = f"teacher: {trainer.step} of {steps} steps, {curve[-1][1]:.4f} bits per byte, {time.perf_counter() - began:.1f} s"
     if trainer.step < steps:
         torch.save({"model": model.state_dict(), "optimizer": [dict(trainer.optimizer.state[p]) for p in trainer.parameters], "step": trainer.step,
                     "curve": curve}, partial)
-        return False
+        return line
     model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="12MB")
-    (folder / "history.json").write_text(json.dumps({"curve": curve, "size": asdict(size), "commit": commit()}) + "\n")
+    (folder / "history.json").write_text(json.dumps({"curve": curve, "size": asdict(size), "commit": commit(), "corpus": text.sizes}) + "\n")
     partial.unlink(missing_ok=True)
-    return True
+    return line
 
 
 def run(folder: Path, name: str, lr: float, seed: int, size: Size, text: Text, device: torch.device) -> dict[str, Any]:
@@ -270,7 +443,7 @@ def run(folder: Path, name: str, lr: float, seed: int, size: Size, text: Text, d
     model = llama(size) if arm.scratch else AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=torch.float32)
     if arm.options is not None:
         gsa_ext.hf.convert(model, **arm.options)
-    model.to(device)
+    lean(model).to(device)
     per_step = size.batch * size.length
     steps = size.tokens // per_step
     order, curve, began, busy = text.order(seed, steps), [(0, text.bits(model))], time.perf_counter(), 0.0
@@ -326,7 +499,7 @@ def summary(folder: Path) -> dict[str, dict[str, Any]]:
         swept = [row for row in everything if row["arm"] == name and row["seed"] == 0]
         if not swept:
             continue
-        lr = min(swept, key=lambda row: row["curve"][-1][1])["lr"]
+        lr = min(swept, key=final)["lr"]
         seeds = sorted((row for row in everything if row["arm"] == name and row["lr"] == lr), key=lambda row: row["seed"])
 
         def over(values: list[float]) -> tuple[float, float | None]:
@@ -361,6 +534,10 @@ def report(folder: Path) -> int:
     lines.append("|---" * lines[-1].count(" | ") + "|---|")
     for name, arm in found.items():
         lines.append(f"| {name} | {arm['lr']:g} | {arm['seeds']} | " + " | ".join(figure(*rest) for _, *rest in arm["curve"]) + " |")
+    rates = sorted({lr for arm in found.values() for lr in arm["swept"]})
+    lines += ["", "Final bits per byte of seed 0 by learning rate:", "", "| arm | " + " | ".join(f"{lr:g}" for lr in rates) + " |",
+              "|---" * (1 + len(rates)) + "|"]
+    lines += [f"| {name} | " + " | ".join(f"{arm['swept'][lr]:.3f}" if lr in arm["swept"] else "" for lr in rates) + " |" for name, arm in found.items()]
     lines += ["", "By position in the context, and on a passage that comes again after so many tokens (bits per byte):", "",
               "| arm | " + " | ".join(spans) + " | " + " | ".join(f"copy over {d}" for d in distances) + " |"]
     lines.append("|---" * (1 + len(spans) + len(distances)) + "|")
@@ -373,6 +550,12 @@ def report(folder: Path) -> int:
             if error_a is not None and error_b is not None and mean_b - mean_a > 2 * math.hypot(error_a, error_b):
                 lines.append(f"* {a} is better than {b} by {mean_b - mean_a:.3f}")
     (folder / "evidence.md").write_text("\n".join(lines) + "\n")
+    about = {name: one[name] for name in ("size", "commit", "device", "torch")}
+    kept = [{name: value for name, value in row.items() if name not in about} for row in rows(folder)]
+    history = json.loads((folder / "teacher" / "history.json").read_text())
+    about["corpus"] = history.get("corpus")
+    (folder / "evidence.json").write_text("\n".join(["{" + json.dumps(about)[1:-1] + ",", f'"teacher": {json.dumps(history["curve"])},', '"rows": [',
+                                                     ",\n".join(map(json.dumps, kept)), "]}"]) + "\n")
     print("\n".join(lines))
     plot(found, folder / "evidence.png")
     return 0
@@ -384,19 +567,27 @@ def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    canvas, (left, right) = pyplot.subplots(1, 2, figsize=(13, 4.5))
-    for name, arm in found.items():
-        tokens, means, errors = zip(*((t / 1e6, m, e or 0.0) for t, m, e in arm["curve"]))
-        left.errorbar(tokens, means, errors, label=name, capsize=2)
-        right.plot(list(arm["positions"]), [mean for mean, _ in arm["positions"].values()], marker="o", label=name)
-    finals = [arm["curve"][-1][1] for arm in found.values()]
-    left.set_ylim(min(finals) - 0.05, min(finals) + 1.5)
-    left.set_xlabel("million tokens")
-    left.set_ylabel("held-out bits per byte")
-    right.set_xlabel("position in the context")
-    left.legend(fontsize=7)
-    for axis in (left, right):
+    canvas, axes = pyplot.subplots(1, 3, figsize=(17, 4.8))
+    floor = found.get("teacher goes on", next(iter(found.values())))
+    spans, distances = list(floor["positions"]), list(floor["copy"])
+    for i, (name, arm) in enumerate(found.items()):
+        look = {"label": name, "color": f"C{i}" if i < 10 else "black", "marker": "o", "markersize": 3, "capsize": 2}
+        points = [(tokens / 1e6, mean, error or 0.0) for tokens, mean, error in arm["curve"]]
+        axes[0].errorbar(*zip(*points), **look)
+        values = [arm["positions"][span] for span in spans]
+        axes[1].errorbar(spans, [mean - floor["positions"][span][0] for span, (mean, _) in zip(spans, values)], [error or 0.0 for _, error in values], **look)
+        values = [arm["copy"][distance] for distance in distances]
+        axes[2].errorbar(distances, [mean for mean, _ in values], [error or 0.0 for _, error in values], **look)
+    finals = sorted(arm["curve"][-1][1] for arm in found.values())
+    usual = finals[3 * (len(finals) - 1) // 4] - finals[0]               # arms far behind the others leave the picture
+    axes[0].set_ylim(finals[0] - 0.05, finals[0] + 3 * usual + 0.1)
+    axes[1].set_ylim(-0.5 * usual - 0.02, 2 * usual + 0.02)
+    for axis, title, below in zip(axes, ("held-out bits per byte", "bits per byte above the teacher that goes on", "bits per byte of a passage met again"),
+                                  ("million tokens", "position in the context", "tokens after which it comes again")):
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel(below)
         axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
     canvas.tight_layout()
     canvas.savefig(path, dpi=120)
 

@@ -1,6 +1,6 @@
 """One attention layer, forward and backward: how much of its time is the op, how much the projections, and what the rest is.
 
-Layers: "layer" is gsa_ext.GatedSlotAttention; "t2r", "paper" and "liger" are a Llama's attention after gsa_ext.hf.convert with that preset. "total" is
+Layers: "layer" is gsa_ext.GatedSlotAttention; the others are a Llama's attention after gsa_ext.hf.convert with that preset. "total" is
 timed without the profiler; the shares are of the time on the device (on the CPU: in its operators) in a profile of the same calls: inside torch.ops.gsa,
 inside matrix products, and everything else (gates, feature maps, norms, rotation, a window), which is listed by operator. Copies are outputs of
 copying operators as large as the hidden states or larger; an operator that needs one is an operator to look at.
@@ -25,8 +25,8 @@ from benchmarks.__main__ import commit
 from gsa_ext import GatedSlotAttention
 from gsa_ext.cli.info import facts
 
-LAYERS = ("layer", "t2r", "paper", "liger")
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::linear", "aten::matmul", "aten::bmm", "aten::linear_backward", "aten::mkldnn_linear")
+LAYERS = ("layer", "t2r", "paper", "liger", "t2r-window")
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::linear", "aten::matmul", "aten::bmm", "aten::linear_backward", "aten::mkldnn_linear")
 GEMMS = ("nvjet", "gemm", "xmma", "cutlass", "cublas", "splitK")
 COPIES = ("_to_copy", "clone", "copy_", "cat", "contiguous", "repeat", "index_select")
 

@@ -38,7 +38,7 @@ blocks = ids[: len(ids) // args.seq_len * args.seq_len].view(-1, args.seq_len)
 
 torch.manual_seed(0)                                     # the new gates start alike on all ranks
 model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-gsa_ext.hf.convert(model, "t2r")
+gsa_ext.hf.convert(model)
 model.gradient_checkpointing_enable({"use_reentrant": False})
 policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if cuda else MixedPrecisionPolicy()
 for layer in model.model.layers:

@@ -28,7 +28,7 @@ ids = torch.tensor(tokenizer(Path(args.text).read_text(), verbose=False)["input_
 blocks = ids[: len(ids) // args.seq_len * args.seq_len].view(-1, args.seq_len)
 
 model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device)      # weights in fp32, products in bf16
-gsa_ext.hf.convert(model, "t2r")
+gsa_ext.hf.convert(model)
 
 
 def train(parameters, loss_of, lr):

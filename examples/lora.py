@@ -30,7 +30,7 @@ ids = torch.tensor(tokenizer(Path(args.text).read_text(), verbose=False)["input_
 blocks = ids[: len(ids) // args.seq_len * args.seq_len].view(-1, args.seq_len)
 
 base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16 if device == "cuda" else torch.float32).to(device)
-gsa_ext.hf.convert(base, "t2r")
+gsa_ext.hf.convert(base)
 model = get_peft_model(base, lora_config(base, r=8, lora_alpha=8))
 model.print_trainable_parameters()
 

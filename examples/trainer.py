@@ -15,7 +15,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("model")
 parser.add_argument("text")
 parser.add_argument("output")
-parser.add_argument("--preset", default="t2r", choices=gsa_ext.hf.PRESETS)
+parser.add_argument("--preset", default="t2r-window", choices=gsa_ext.hf.PRESETS)
 parser.add_argument("--steps", type=int, default=1000)
 parser.add_argument("--seq-len", type=int, default=1024)
 parser.add_argument("--batch-size", type=int, default=4)

@@ -233,6 +233,50 @@ def slot_attention(
     return o
 
 
+def linears(x: Tensor, *modules: nn.Module) -> list[Tensor]:
+    """``module(x)`` of each. Where all are plain linear maps, what they send back to x in backward is summed inside the matrix products instead of in
+    passes of its own over something as large as x; and autocast's copy of x in 16 bits is made once instead of for each. A compiler makes one pass
+    of the sums, and of these products copies."""
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad and all(_plain(m) for m in modules)):
+        return [module(x) for module in modules]
+    parameters = [p for m in modules for p in (m.weight, m.bias)]
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, parameters = x.to(dtype), [None if p is None else p.to(dtype) for p in parameters]
+    if any(p is not None and p.dtype != x.dtype for p in parameters):
+        return [module(x) for module in modules]
+    return list(_Linears.apply(x, *parameters))
+
+
+def _plain(module: Any) -> bool:
+    """Whether calling ``module`` is ``F.linear`` and nothing else: no adapter, quantisation, hook or sharded weight."""
+    return (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and type(module.weight) in (nn.Parameter, Tensor)
+            and "forward" not in module.__dict__
+            and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks))
+
+
+class _Linears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:      # type: ignore[override]
+        weights, biases = parameters[::2], parameters[1::2]
+        ctx.save_for_backward(x, *weights)
+        ctx.biased = [bias is not None for bias in biases]
+        return tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases))     # type: ignore[arg-type]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:                     # type: ignore[override]
+        x, *weights = ctx.saved_tensors
+        rows, dx = x.reshape(-1, x.shape[-1]), None
+        found: list[Tensor | None] = []
+        for i, (grad, weight) in enumerate(zip(grads, weights)):
+            grad = grad.reshape(-1, grad.shape[-1])
+            dx = grad @ weight if dx is None else dx.addmm_(grad, weight)
+            found.append(grad.T @ rows if ctx.needs_input_grad[1 + 2 * i] else None)
+            found.append(grad.sum(0) if ctx.biased[i] and ctx.needs_input_grad[2 + 2 * i] else None)
+        return dx.view(x.shape) if dx is not None else None, *found
+
+
 def log_gate(logits: Tensor, normalizer: float) -> Tensor:
     """``logsigmoid(logits) / normalizer`` in fp32 (fp64 stays fp64): in 16 bits the write strength ``1 - exp(g)`` would vanish for slow slots."""
     g = F.logsigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
@@ -410,7 +454,7 @@ class GatedSlotAttention(nn.Module):
             hidden_states = hidden_states.gather(1, order[..., None].expand_as(hidden_states))
             mask = mask.gather(1, order)
 
-        q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        q, k, v, gate_logits = linears(hidden_states, self.q_proj, self.k_proj, self.v_proj, self.f_proj)
         if self.use_short_conv:
             q, k, v = self._convolve((q, k, v), state, mask, cu_seqlens)
         q = q.unflatten(-1, (self.num_heads, self.head_k_dim))
@@ -419,7 +463,7 @@ class GatedSlotAttention(nn.Module):
         swish = isinstance(self.feature_map, nn.SiLU)
         if not swish:
             q, k = self.feature_map(q), self.feature_map(k)
-        gate_logits = self.f_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.num_slots))
+        gate_logits = gate_logits.unflatten(-1, (self.num_kv_heads, self.num_slots))
 
         o = slot_attention(q, k, v, gate_logits, self.gate_logit_normalizer, self.scale, mask, state, cu_seqlens, swish, True).flatten(-2)
         y = self.o_proj(self.g_norm(F.silu(o)))

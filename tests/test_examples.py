@@ -61,12 +61,17 @@ def test_example(name, inputs, device, tmp_path, monkeypatch, capsys):
     assert re.search(r"loss|held-out", capsys.readouterr().out)
 
 
-@pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="no gloo")
-def test_fsdp(inputs, tmp_path):
-    """Two processes by torchrun."""
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_fsdp(backend, inputs, tmp_path):
+    """Two processes by torchrun, on CPUs or on two GPUs."""
+    if not torch.distributed.is_available() or not getattr(torch.distributed, f"is_{backend}_available")():
+        pytest.skip(f"no {backend}")
+    if backend == "nccl" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
     output = str(tmp_path / "out")
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
-                   "PYTHONPATH": os.pathsep.join([str(EXAMPLES.parent), *sys.path])}
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(EXAMPLES.parent), *sys.path])}
+    if backend == "gloo":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(EXAMPLES / "fsdp.py"),
                           *inputs, output, "--steps", "12", *SIZES], env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-4000:]
@@ -93,7 +98,13 @@ def test_evidence(device, tmp_path, monkeypatch, capsys):
     while "call again" in call(*tiny, "--seconds", "1"):
         pass
     runs = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
-    assert len(runs) == 2 * (3 + 1)
+    for arm in ("t2r", "t2r-transfer-first"):                            # the best learning rate has a worse one on either side, and a second seed
+        swept = [lr for lr in evidence.LADDER if f"{arm}-lr{lr:g}-seed0.json" in runs]
+        at = [lr for lr in swept if f"{arm}-lr{lr:g}-seed1.json" in runs]
+        assert len(swept) >= 3 and len(at) == 1 and (at[0] not in (swept[0], swept[-1]) or at[0] in (evidence.LADDER[0], evidence.LADDER[-1]))
     assert "all runs are there" in call(*tiny) and runs == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
+    next((tmp_path / "runs").glob("t2r-lr*-seed1.json")).unlink()
+    again = call(*tiny, "--workers", "2")                                # in processes of their own, which read the whole corpus
+    assert "all runs are there" in again and len(list((tmp_path / "runs").glob("*.json"))) == len(runs)
     told = call("--report")
     assert "t2r, transfer first" in told and "±" in told and (tmp_path / "evidence.png").stat().st_size > 1000

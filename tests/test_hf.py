@@ -15,10 +15,10 @@ pytest.importorskip("transformers")
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import gsa_ext.hf
-from gsa_ext.hf import GSAAttention, cache_bytes, convert
+from gsa_ext.hf import PRESETS, GSAAttention, cache_bytes, convert
 from gsa_ext.reference import naive_gsa
 
-CASES = [("t2r", "all"), ("paper", "all"), ("t2r", [0, 2]), ("paper", [1]), ("liger", "all"), ("liger", [1])]
+CASES = [("t2r", "all"), ("paper", "all"), ("t2r", [0, 2]), ("paper", [1]), ("liger", "all"), ("liger", [1]), ("t2r-window", "all")]
 VOCAB, T = 89, 29
 
 
@@ -33,7 +33,7 @@ def llama(device="cpu"):
 def converted(preset, layers, device="cpu", **options):
     model = llama(device)
     torch.manual_seed(1)
-    assert convert(model, preset, layers, **{"num_slots": 12, **({"window": 5} if preset == "liger" else {}), **options}) is model
+    assert convert(model, preset, layers, **{"num_slots": 12, **({"window": 5} if PRESETS[preset]["window"] else {}), **options}) is model
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, GSAAttention) and module.f_proj is not None:
@@ -408,7 +408,8 @@ def test_refusals():
         ({"scale": -1.0}, ValueError, "scale"), ({"scale": "big"}, TypeError, "scale"),
         ({"gate": "none"}, ValueError, "gate"), ({"gate": 3}, TypeError, "gate"), ({"slots": 3}, TypeError, "slots"),
         ({"preset": "paper", "window": 64}, ValueError, "window"), ({"window": 0}, ValueError, "window"), ({"window": 4.0}, TypeError, "window"),
-        ({"mix": 0.5}, ValueError, "mix"), ({"window": 4, "mix": 0.0}, ValueError, "mix"), ({"preset": "liger", "mix": "half"}, TypeError, "mix"),
+        ({"preset": "t2r", "mix": 0.5}, ValueError, "mix"),
+        ({"window": 4, "mix": 0.0}, ValueError, "mix"), ({"preset": "liger", "mix": "half"}, TypeError, "mix"),
     ):
         before = {name: id(p) for name, p in model.named_parameters()}
         with pytest.raises(error, match=match):

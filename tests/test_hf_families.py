@@ -76,7 +76,7 @@ def tokens(device="cpu", B=2, length=T, seed=3):
 def converted(name, own, preset, layers="all", device="cpu", **options):
     model = build(name, own, device)
     torch.manual_seed(1)
-    convert(model, preset, layers, **{"num_slots": 7, **({"window": 4} if preset == "liger" else {}), **options})
+    convert(model, preset, layers, **{"num_slots": 7, **({"window": 4} if PRESETS[preset]["window"] else {}), **options})
     return model
 
 

@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gsa_ext.hf import GSAAttention, GSAConfig, GSAForCausalLM, convert
+from gsa_ext.hf import PRESETS, GSAAttention, GSAConfig, GSAForCausalLM, convert
 from gsa_ext.hf.train import (
     AttentionTransfer,
     logit_kl,
@@ -37,7 +37,7 @@ def llama(device="cpu", **options):
 def converted(preset="t2r", layers="all", device="cpu", **options):
     model = llama(device)
     torch.manual_seed(1)
-    return convert(model, preset, layers, **{"num_slots": 12, **({"window": 5} if preset == "liger" else {}), **options})
+    return convert(model, preset, layers, **{"num_slots": 12, **({"window": 5} if PRESETS[preset]["window"] else {}), **options})
 
 
 def tokens(device="cpu", B=2, length=T, seed=3):
@@ -53,7 +53,7 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("preset, layers", [("t2r", "all"), ("paper", [0, 2]), ("liger", [1])])
+@pytest.mark.parametrize("preset, layers", [("t2r", "all"), ("paper", [0, 2]), ("liger", [1]), ("t2r-window", "all")])
 def test_transfer(preset, layers, device):
     """The losses are those of layers fed by the original model, and reach the new parameters alone."""
     original, ids = llama(device), tokens(device)
@@ -130,7 +130,7 @@ def test_logit_kl():
 def test_lora(device, tmp_path):
     """PEFT with the gate in modules_to_save: trains, saves, loads, merges to the same model; without its adapters the original is inside."""
     peft = pytest.importorskip("peft")
-    for preset in ("t2r", "paper", "liger"):
+    for preset in ("t2r-window", "paper", "liger"):
         original, ids = llama(device), tokens(device)
         base = converted(preset, device=device)
         model = peft.get_peft_model(copy.deepcopy(base), lora_config(base, r=4))
@@ -255,7 +255,7 @@ def rank_main(rank, folder, backend):
     def full(p):
         return (p.full_tensor() if hasattr(p, "full_tensor") else p).detach()
 
-    for preset, layers in (("t2r", "all"), ("liger", [0, 2])):
+    for preset, layers in (("t2r-window", "all"), ("liger", [0, 2])):
         single = converted(preset, layers, device).train()
         steps(single, ids)
         shards = converted(preset, layers, device).train()

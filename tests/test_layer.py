@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from gsa_ext import GatedSlotAttention
-from gsa_ext.layer import SlotCache
+from gsa_ext.layer import SlotCache, linears
 from gsa_ext.reference import naive_gsa
 
 PLAIN = {"hidden_size": 32, "num_heads": 4, "layer_idx": 0}
@@ -67,6 +67,48 @@ def test_formula_and_gradients(name, device):
         results.append([out, *grads])
     for ours, want in zip(*results):
         close(ours, want)
+
+
+def test_linears(device):
+    """Several linear maps of one input: values and gradients of calling each, no pass that only adds; hooks, frozen weights and other modules as ever."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 12, device=device, requires_grad=True)
+    maps = [torch.nn.Linear(12, n, bias=n < 9, device=device) for n in (16, 8, 4)]
+    maps[1].weight.requires_grad_(False)
+    leaves = [x, *(p for m in maps for p in m.parameters() if p.requires_grad)]
+
+    def results(call, modules=maps):
+        out = call(modules)
+        return [*out, *torch.autograd.grad(sum(y.square().sum() for y in out), leaves)]
+
+    class Adds(torch.utils._python_dispatch.TorchDispatchMode):
+        found = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.found += func.overloadpacket.__name__ in ("add", "add_")
+            return func(*args, **(kwargs or {}))
+
+    want = results(lambda modules: [m(x) for m in modules])
+    out = linears(x, *maps)
+    cotangents = [2 * y.detach() for y in out]
+    with Adds() as adds:
+        torch.autograd.grad(out, leaves, cotangents)
+    assert adds.found == 0
+    for a, b in zip(results(lambda modules: linears(x, *modules)), want):
+        torch.testing.assert_close(a, b)
+    with torch.autocast(device.type, torch.bfloat16):
+        separate, together = (results(call) for call in (lambda modules: [m(x) for m in modules], lambda modules: linears(x, *modules)))
+    for a, b in zip(together, separate):
+        assert a.dtype == b.dtype
+        close(a, b, 1e-2)
+    for a, b in zip(together[:3], separate[:3]):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    called = []
+    maps[2].register_forward_hook(lambda *args: called.append(1))
+    for a, b in zip(results(lambda modules: linears(x, *modules)), want):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert called
+    assert linears(x, torch.nn.Identity())[0] is x
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -13,7 +13,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("convert", help="convert a Transformer and save it, without training", description=__doc__)
     parser.add_argument("model", help="directory of a saved model (or a hub id)")
     parser.add_argument("output", help="directory for the converted model; must be empty or not there")
-    parser.add_argument("--preset", default="t2r", help="t2r, paper or liger (default: t2r)")
+    parser.add_argument("--preset", default="t2r-window", help="t2r-window, t2r, paper or liger (default: t2r-window)")
     parser.add_argument("--layers", default="all", help="layers to convert: all, or indices such as 0,1,3 (default: all)")
     parser.add_argument("--num-slots", type=int, help="memory slots per key/value head (default: the preset's)")
     parser.add_argument("--gate", help="proj, a new projection, or key, the keys themselves (default: the preset's)")

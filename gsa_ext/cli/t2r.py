@@ -36,7 +36,7 @@ class Settings:
     model: str | None = None
     data: str | None = None
     text_column: str | None = None
-    preset: str = "t2r"
+    preset: str = "t2r-window"
     layers: str = "all"
     num_slots: int | None = None
     gate: str | None = None
@@ -67,7 +67,7 @@ HELP = {
     "model": "a causal language model: directory or hub id (default: a small one, trained here once)",
     "data": "text to train on: file or directory (.txt, .md, .py, .jsonl, .json, .parquet) or hub id of a data set",
     "text_column": "column of the data that holds the text (default: text)",
-    "preset": "how to convert: t2r, paper or liger",
+    "preset": "how to convert: t2r-window, t2r, paper or liger",
     "layers": "layers to convert: all, or indices such as 0,1,3",
     "num_slots": "memory slots per key/value head (default: the preset's)",
     "gate": "proj, a new projection, or key, the keys themselves (default: the preset's)",

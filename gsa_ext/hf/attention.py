@@ -15,7 +15,7 @@ from transformers import initialization as init
 from gsa_ext.hf.cache import GSACacheLayer
 from gsa_ext.hf.rotary import is_half_rotation, is_half_rotation_to_the_bit
 from gsa_ext.hf.window import causal_attention, window_attention, window_step
-from gsa_ext.layer import RMSNorm, Rotary, layer_state, slot_attention
+from gsa_ext.layer import RMSNorm, Rotary, layer_state, linears, slot_attention
 
 if TYPE_CHECKING:
     from gsa_ext.hf.families import Family
@@ -145,8 +145,15 @@ class GSAAttention(nn.Module):
         """What this layer makes of ``hidden_states``: ``[B, T, hidden_size]``."""
         mask, cu_seqlens = tokens or (None, None)
         state = None if past_key_values is None else cast(GSACacheLayer, layer_state(past_key_values, self.layer_idx, GSACacheLayer))
-        q, k, v = self._family.project(self, hidden_states)              # [B, T, heads, head_dim]
-        gate_logits = self._gate_logits(hidden_states, k)
+        inputs = [getattr(self, name) for name in self.projections]
+        gate = [] if self.f_proj is None or self._family.input_norm is None else [self.f_proj]
+        outputs = linears(hidden_states, *inputs, *gate)
+        q, k, v = self._family.divide(self, outputs[:len(inputs)])       # [B, T, heads, head_dim]
+        if self.f_proj is not None and not gate:                         # the gate wants inputs of known size
+            outputs.append(self.f_proj(F.rms_norm(hidden_states, hidden_states.shape[-1:])))
+        gate_logits = self._key_logits(k) if self.f_proj is None else outputs[-1].unflatten(-1, (self.num_kv_heads, self.num_slots))
+        if self.lowest_logit is not None:
+            gate_logits = gate_logits.clamp(min=self.lowest_logit)
         turn, rotary, rotated, beside = None, None, None, None
         if self.rotates and self.step_rotates and position_embeddings is not None:
             turn = Rotary(position_embeddings[0], position_embeddings[1], lambda q, k: self._rotated(q, k, position_embeddings))
@@ -181,7 +188,7 @@ class GSAAttention(nn.Module):
         """What the softmax attention that was here makes of ``hidden_states``, with the projections as they are now: ``[B, T, hidden_size]``.
         The target of attention transfer; time quadratic in T unless the model has a sliding window of its own."""
         mask, cu_seqlens = tokens or (None, None)
-        q, k, v = self._family.project(self, hidden_states)
+        q, k, v = self._family.divide(self, linears(hidden_states, *(getattr(self, name) for name in self.projections)))
         q, k = self._rotated(q, k, position_embeddings)
         if self.softmax_window is not None and self.softmax_window < q.shape[1]:
             o = window_attention(q, k, v, self.softmax_window, self.softmax_scale, mask, None, cu_seqlens)[0]
@@ -192,13 +199,8 @@ class GSAAttention(nn.Module):
     def _rotated(self, q: Tensor, k: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         return self._family.rotate(self, q, k, *position_embeddings) if self.rotates and position_embeddings is not None else (q, k)
 
-    def _gate_logits(self, x: Tensor, k: Tensor) -> Tensor:
+    def _key_logits(self, k: Tensor) -> Tensor:
         """``[B, T, kv heads, slots]``."""
-        if self.f_proj is not None:
-            if self._family.input_norm is None:                          # the gate wants inputs of known size
-                x = F.rms_norm(x, x.shape[-1:])
-            f = self.f_proj(x).unflatten(-1, (self.num_kv_heads, self.num_slots))
-            return f if self.lowest_logit is None else f.clamp(min=self.lowest_logit)
         if self.head_dim % self.num_slots == 0:
             return k if self.num_slots == self.head_dim else k.unflatten(-1, (self.num_slots, -1)).mean(-1)
         return F.adaptive_avg_pool1d(k.flatten(0, 1), self.num_slots).unflatten(0, k.shape[:2])

@@ -46,11 +46,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "t2r": {"num_slots": 64, "gate": "proj", "gate_logit_normalizer": 1.0, "gate_floor": -3.7, "gate_spread": 9.0, "half_lives": [2.0, 44.0],
             "silu": False, "rope": "keep", "scale": "softmax", "norm": False, "window": None, "mix": None},
 }
+# t2r, and beside the slots a window, with a share per query head that is learned: the best in docs/evidence.md (1.058 bits per byte; t2r 1.108, liger 1.101,
+# paper 1.700; the window alone 1.086).
+PRESETS["t2r-window"] = {**PRESETS["t2r"], "window": 64, "mix": "learned"}
 
 
 def convert(
     model: Model,
-    preset: str = "t2r",
+    preset: str = "t2r-window",
     layers: str | Iterable[int] = "all",
     *,
     num_slots: int | None = None,
@@ -70,16 +73,17 @@ def convert(
 
     Args:
         model: a causal LM of a family in ``gsa_ext.hf.FAMILIES``.
-        preset: "t2r", as near to the original function as GSA can start; "paper" (arXiv 2409.07146); or "liger" (arXiv 2503.01496), which has no new
-            parameters and a sliding window beside the slots. See ``gsa_ext.hf.PRESETS``.
+        preset: "t2r", as near to the original function as slots alone can start; "t2r-window", the same beside a sliding window, of the four the best after
+            training (docs/evidence.md); "paper" (arXiv 2409.07146); or "liger" (arXiv 2503.01496), which has no new parameters and a window, too.
+            See ``gsa_ext.hf.PRESETS``.
         layers: "all", or the indices of the layers to convert (negative ones count from the end).
         num_slots: slots per key/value head; the memory of a layer is ``2 * num_slots * head_dim`` numbers per key/value head.
         gate: "proj", a new projection ``f_proj``, or "key", no projection: the logits are the keys before rotation, averaged to one per slot
             (``g = logsigmoid(pool(k)) / 16``).
         rope: "keep" or "drop" the rotary position embedding of q and k in the slots' attention.
-        scale: factor on the slot logits. None: the preset's, for "t2r" and layer by layer the factor that the softmax attention had.
+        scale: factor on the slot logits. None: the preset's, for "t2r" and "t2r-window" layer by layer the factor that the softmax attention had.
         window: softmax attention to this many tokens, the current one and those before it (padding not counted), beside the slots. Its keys and values
-            are cached, so that decoding is what was trained. "t2r" and "liger".
+            are cached, so that decoding is what was trained. All presets but "paper".
         mix: with a window, its share of the output, in (0, 1], or "learned": a share per query head (``window_mix``) that starts at one half.
 
     Returns:

@@ -64,9 +64,9 @@ class Family:
             return "is bidirectional, and slots are filled from the past only"
         return None
 
-    def project(self, module: GSAAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states to q, k, v ``[B, T, heads, head_dim]``, normalised as the family does, before rotation."""
-        q, k, v = (getattr(module, name)(x) for name in self.modules[:3])
+    def divide(self, module: GSAAttention, outputs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """What the input projections give, to q, k, v ``[B, T, heads, head_dim]``, normalised as the family does, before rotation."""
+        q, k, v = outputs
         if self.wide_norms:
             q, k = self.normalise(module, q, k)
         q, k, v = (x.unflatten(-1, (-1, module.head_dim)) for x in (q, k, v))
@@ -93,9 +93,8 @@ class Family:
 class FusedFamily(Family):
     """One projection for q, k and v: all query heads, then all key heads, then all value heads."""
 
-    def project(self, module: GSAAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        qkv = getattr(module, self.modules[0])(x).unflatten(-1, (-1, module.head_dim))
-        return qkv.split([module.num_heads, module.num_kv_heads, module.num_kv_heads], dim=-2)
+    def divide(self, module: GSAAttention, outputs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        return outputs[0].unflatten(-1, (-1, module.head_dim)).split([module.num_heads, module.num_kv_heads, module.num_kv_heads], dim=-2)
 
 
 class NeoXFamily(Family):
@@ -107,8 +106,8 @@ class NeoXFamily(Family):
     def head_dim(self, attention: nn.Module) -> int:
         return attention.head_size                                           # type: ignore[return-value]
 
-    def project(self, module: GSAAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return getattr(module, self.modules[0])(x).unflatten(-1, (-1, 3 * module.head_dim)).chunk(3, dim=-1)
+    def divide(self, module: GSAAttention, outputs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        return outputs[0].unflatten(-1, (-1, 3 * module.head_dim)).chunk(3, dim=-1)
 
 
 class HeadwiseFamily(Family):
