@@ -27,8 +27,8 @@ void hopper_backward(const BackwardParams& p);
 // Where hopper_fuses, in one kernel after the forward walk.
 void hopper_fused(const BackwardParams& p, const void* boundary);
 
-// Else in parts: after hopper_gates and hopper_states, in this order. What they leave for each other (core/hopper.cuh). hopper_windows does what hopper_cotangents and hopper_keys leave: sequences and heads
-// with a chunk of several windows.
+// Else in parts, after hopper_gates and hopper_states, in this order. hopper_windows does what hopper_cotangents and hopper_keys leave: sequences and heads with
+// a chunk of several windows. The workspace is what the parts leave for each other (Backward, core/hopper.cuh).
 struct BackwardWorkspace {
   void *gates, *saved, *E0;
   float* edge;
