@@ -32,8 +32,8 @@ SIZES = [  # T, HQ, H, K, V, M
 ]
 
 
-# Those that the kernels for Hopper take, with GSA_KERNELS=hopper.
-HOPPER = [(130, 2, 1, 128, 128, 64), (70, 2, 2, 64, 64, 24)]
+# Those that the kernels for Hopper take: with GSA_KERNELS=hopper both ways as walks where they can be, else backward in parts.
+HOPPER = [(130, 2, 1, 128, 128, 64), (70, 2, 2, 64, 64, 24), (70, 3, 1, 64, 64, 40), (65, 1, 1, 128, 128, 64)]
 
 RESULTS = ("o", "hk", "hv", "z", "dq", "dk", "dv", "ds", "dg", "dhk0", "dhv0", "dz0")
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -55,8 +55,8 @@ def cases(device):
     if host:
         yield from cases_of_the_cpu()
         return
-    os.environ["GSA_KERNELS"] = "hopper"  # read at every call
-    for dtype, gate, (T, HQ, H, K, V, M) in itertools.product((BF16, FP16), (8.0, "mixed"), HOPPER):
+    for kernels, dtype, gate, (T, HQ, H, K, V, M) in itertools.product(("hopper", ""), (BF16, FP16), (8.0, "mixed"), HOPPER):
+        os.environ["GSA_KERNELS"] = kernels  # read at every call
         yield chunk_gsa, make_inputs(2, T, HQ, H, K, V, M, mode="given", gate=gate, dtype=dtype, initial_state=True, device=device)
         yield chunk_gsa, make_inputs(lengths=[0, 1, T, 0, 17], HQ=HQ, H=H, K=K, V=V, M=M, gate=gate, dtype=dtype, device=device)
     del os.environ["GSA_KERNELS"]
