@@ -8,11 +8,12 @@
 //
 // A block has one chunk of one query head, a warp 16 of its rows; A1, o1, p, A2 never leave registers. Diagonals (j = i) are added in fp32.
 // Shared memory: core/tile_io.cuh, RowsShared.
+#include <algorithm>
+
 #include "core/scan.cuh"
 #include "core/select.cuh"
 #include "core/tile_io.cuh"
 #include "hopper.h"
-#include <algorithm>
 #include "states.h"
 
 namespace gsa::cuda {

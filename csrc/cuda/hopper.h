@@ -18,7 +18,7 @@ void hopper_forward(const ForwardParams& p, void* boundary, const int* cut = nul
 // What depends on the gates alone: a GateImage (core/hopper.cuh) for each chunk and key/value head.
 int64_t hopper_gates_bytes(const Params& p);
 void hopper_gates(const Params& p, void* images);
-// The boundary states, after hopper_gates, and cut [N, H]: whether any chunk has several windows.
+// After hopper_gates: cut [N, H], whether any chunk has several windows, and the boundary states (nullptr: not made).
 void hopper_states(const Params& p, const void* images, void* boundary, int* cut);
 
 int64_t hopper_backward_workspace(const Params& p);

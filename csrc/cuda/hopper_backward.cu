@@ -1,4 +1,4 @@
-// Chunked backward for Hopper: its parts in order (hopper.h), and what lies in the workspace.
+// Chunked backward for Hopper, host side: the walk or the parts in order (hopper.h), and what lies in the workspace.
 #include "core/hopper.cuh"
 #include "hopper.h"
 
@@ -28,7 +28,7 @@ struct Plan {
 };
 
 // Sequences n, n + 1, .. (`count` of them).
-BackwardParams part(const BackwardParams& p, int64_t n, int64_t count) {
+BackwardParams sequences(const BackwardParams& p, int64_t n, int64_t count) {
   BackwardParams x = p;
   x.B = x.N = count;
   for (View* v : {&x.q, &x.k, &x.v, &x.s, &x.g, &x.d_o, &x.dq, &x.dk, &x.dv, &x.ds, &x.dg})
@@ -52,7 +52,7 @@ int64_t hopper_backward_workspace(const Params& p) {
 void hopper_backward(const BackwardParams& whole) {
   const int count = slices(whole);
   for (int i = 0; i < count; ++i) {
-    const BackwardParams p = count == 1 ? whole : part(whole, whole.N / count * i, whole.N / count);
+    const BackwardParams p = count == 1 ? whole : sequences(whole, whole.N / count * i, whole.N / count);
     const Plan plan(p);
     char* base = static_cast<char*>(p.workspace);
     void* boundary = p.boundary ? p.boundary : base + plan.boundary;

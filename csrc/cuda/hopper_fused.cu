@@ -47,11 +47,6 @@ struct FusedShared {
 
 [[maybe_unused]] constexpr int kBoth = 4;  // the barrier of both sides
 
-template <int NT>
-__device__ inline void put(float* exchange, const float (&x)[NT][4], int tid) {
-#pragma unroll
-  for (int t = 0; t < NT; ++t) reinterpret_cast<float4*>(exchange)[t * 128 + tid] = make_float4(x[t][0], x[t][1], x[t][2], x[t][3]);
-}
 [[maybe_unused]] __device__ inline float4 got(const float* exchange, int t, int tid) { return reinterpret_cast<const float4*>(exchange)[t * 128 + tid]; }
 
 // Both sides run the same instructions (two copies would not fit the instruction cache); `values` says which side this warpgroup is.
@@ -212,7 +207,7 @@ __device__ __forceinline__ void fused_side(const BackwardParams& p, FusedShared<
 #pragma unroll
         for (int t = 0; t < NT; t += 2) {
           uint32_t h[4];
-          load_matrix4_trans(h, H_row + t * 1024);
+          ldmatrix4<true>(h, H_row + t * 1024);
 #pragma unroll
           for (int x = 0; x < 4; ++x) {
             const float2 e = unpack<E>(h[x]);

@@ -36,12 +36,7 @@ __global__ __launch_bounds__(kThreads, 4) void gates_kernel(const __grid_constan
   if (cut) return;
   if (gates.warp == 0) gates.store_edges(image.start, image.in, image.out, total);
   gates.make(0, c.length, before, total);
-  const uint32_t to = gates.first_S(m.S[0]), piece = gates.piece_S();
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    *reinterpret_cast<float2*>(m.R + R_at(gates.warp * 8 + i, 2 * gates.lane)) = make_float2(gates.g[i][0], gates.g[i][1]);
-    gates.store_S(to, piece, i);
-  }
+  gates.store_tiles(m.S[0], m.R);
   publish();
   __syncthreads();
   if (threadIdx.x == 0) {

@@ -5,8 +5,9 @@
 //     Yk = scale R p (dp - <p, dp>)                   Yv = R p                              e = o1 do1 + p dp, o1 and dp without their diagonals
 //     dq = tril(Yk S^T) k + (Yk exp(ref)) Hk^T
 //
-// S, R, ref are those of hopper_gates.cu; a chunk that has to be cut makes them here, for one window after the other. Yk, Yv and e go to hopper_keys.cu. Two warpgroups, each with half of the slots (o1, dp, p, Y) and of the dimensions (dq); what is [64 x 64] tokens is made
-// by both. What has to be more exact than 16 bits is an operand in two parts: X, S, Y. Two blocks on a multiprocessor: while one waits the other works.
+// S, R, ref are those of hopper_gates.cu; a chunk that has to be cut makes them here, for one window after the other. Yk, Yv and e go to hopper_scan.cu and
+// hopper_keys.cu. Two warpgroups, each with half of the slots (o1, dp, p, Y) and of the dimensions (dq); what is [64 x 64] tokens is made by both. What has to be
+// more exact than 16 bits is an operand in two parts: X, S, Y. Two blocks on a multiprocessor: while one waits the other works.
 //
 //     shared memory      holds
 //     A[0], A[1]         q, R; then q, d_o; then sums of rows and Yk, Yv
@@ -146,12 +147,7 @@ __global__ __launch_bounds__(kThreads, 2) void queries_kernel(const __grid_const
       __syncthreads();  // S[1] has S from here on
       gates.make(begin, end, before, total);
       float* R_tile = reinterpret_cast<float*>(m.A[1]);
-      const uint32_t to = gates.first_S(m.S[0]), piece = gates.piece_S();
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        *reinterpret_cast<float2*>(R_tile + R_at(gates.warp * 8 + i, 2 * gates.lane)) = make_float2(gates.g[i][0], gates.g[i][1]);
-        gates.store_S(to, piece, i);
-      }
+      gates.store_tiles(m.S[0], R_tile);
       publish();
       __syncthreads();
       if (begin > 0) {
@@ -284,7 +280,7 @@ __global__ __launch_bounds__(kThreads, 2) void queries_kernel(const __grid_const
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
             uint32_t hi[4], lo[4];
-            load_matrix4(hi, from ^ (k * 32)), load_matrix4(lo, (from ^ (k * 32)) + kTile * 2);
+            ldmatrix4<false>(hi, from ^ (k * 32)), ldmatrix4<false>(lo, (from ^ (k * 32)) + kTile * 2);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
               const float2 a = unpack<E>(hi[i]), b = unpack<E>(lo[i]), f = *reinterpret_cast<const float2*>(m.in + k * 16 + (i >> 1) * 8 + frag_col());

@@ -138,7 +138,7 @@ __global__ __launch_bounds__(kThreads, 2) void scan_kernel(const __grid_constant
 #pragma unroll
         for (int t = 0; t < 8; t += 2) {
           uint32_t x[4];
-          load_matrix4_trans(x, H_row + t * 1024);
+          ldmatrix4<true>(x, H_row + t * 1024);
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
             const float2 y = unpack<E>(x[k]);

@@ -39,12 +39,6 @@ struct WindowsShared {
 };
 static_assert(sizeof(WindowsShared<bf16, 128>) <= 227 * 1024);
 
-template <int NT>
-__device__ inline void put(float* to, const float (&x)[NT][4], int tid) {
-#pragma unroll
-  for (int t = 0; t < NT; ++t) reinterpret_cast<float4*>(to)[t * 128 + tid] = make_float4(x[t][0], x[t][1], x[t][2], x[t][3]);
-}
-
 // The sides' code is one for both (two copies would not fit the instruction cache); `values` says which side this warpgroup is.
 template <class E, int D>
 __device__ __forceinline__ void side(const BackwardParams& p, WindowsShared<E, D>& shared, const Saved<E>* saved, Chunk c, int64_t head, const int values) {
@@ -105,7 +99,7 @@ __device__ __forceinline__ void side(const BackwardParams& p, WindowsShared<E, D
 #pragma unroll
           for (int t = 0; t < NT; t += 2) {
             uint32_t h[4];
-            load_matrix4_trans(h, H_row + t * 1024);
+            ldmatrix4<true>(h, H_row + t * 1024);
 #pragma unroll
             for (int x = 0; x < 4; ++x) {
               const float2 e = unpack<E>(h[x]);

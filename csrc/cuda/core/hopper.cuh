@@ -11,8 +11,8 @@
 // gate of a window counts for the state only, so that a window of one token always exists and a reset (-inf) is the first of its window. Tokens outside
 // the window have R = S = 0: the kernels do one window after the other over the same tiles of 64 tokens. One form for all gates, nothing is clamped.
 #pragma once
-#include "chunk.cuh"
 #include "../hopper.h"
+#include "chunk.cuh"
 #include "tile_io.cuh"
 
 namespace gsa::cuda::hopper {
@@ -264,17 +264,8 @@ __device__ inline void load_tokens(E* tiles, const Rows& src, int rows, int tid)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
   }
 }
-// As far as the L2. Whole 16 bytes.
-__device__ inline void prefetch(const void* p, uint32_t bytes) { asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory"); }
+// As far as the L2.
 __device__ inline void prefetch_line(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-// 64 tokens of a head, `rows` of them. A line for each thread: one thread's bulk copies of rows come one after the other.
-template <int D, int THREADS, class E>
-__device__ inline void prefetch_tokens(const E*, const Rows& src, int rows, int tid) {
-  constexpr int lines = D * 2 / 128;
-#pragma unroll
-  for (int x = tid; x < 64 * lines; x += THREADS)
-    if (x / lines < rows) prefetch_line(static_cast<const E*>(src.ptr) + src.at(x / lines) + x % lines * 64);
-}
 // A boundary state [D][M], zero from slot M on.
 template <int D, int THREADS, class E>
 __device__ inline void load_state(E* tile, const E* src, int M, int tid) {
@@ -308,12 +299,6 @@ __device__ inline void stmatrix4_trans(void* p, uint32_t a, uint32_t b, uint32_t
 #endif
 }
 // columns: the first one, 0 or 32.
-__device__ inline void load_matrix4(uint32_t (&x)[4], uint32_t p) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(p) : "memory");
-}
-__device__ inline void load_matrix4_trans(uint32_t (&x)[4], uint32_t p) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(p) : "memory");
-}
 template <class E, class Op>
 __device__ inline void store_operand(E* tile, const Op& x, int warp, int column = 0) {
   const uint32_t p = place(tile, warp * 16 + (lane_id() & 15), 0) ^ (lane_id() >> 4 << 4) ^ (column * 2);
@@ -548,9 +533,14 @@ struct GateMaker {
     asm volatile("st.shared.b32 [%0], %1;\nst.shared.b32 [%0 + %3], %2;" ::"r"(to + i * 128 + (piece ^ ((i & 7) << 4))), "r"(hi), "r"(lo), "n"(kTile * 2)
                  : "memory");
   }
-  __device__ void store_start(float* start) const {
-    const float2 first = *reinterpret_cast<const float2*>(scratch.first + 2 * lane);
-    *reinterpret_cast<float2*>(start + 2 * lane) = make_float2(exp2f(first.x), exp2f(first.y));
+  // R (R_at) and S without the rest of a Window.
+  __device__ void store_tiles(E* S, float* R) const {
+    const uint32_t to = first_S(S), piece = piece_S();
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+      *reinterpret_cast<float2*>(R + R_at(warp * ROWS + i, 2 * lane)) = make_float2(g[i][0], g[i][1]);
+      store_S(to, piece, i);
+    }
   }
   __device__ void store_edges(float* start, float* in, float* out, const float (&total)[2]) const {
     const float2 first = *reinterpret_cast<const float2*>(scratch.first + 2 * lane);
@@ -740,10 +730,18 @@ struct Backward {
       : saved(static_cast<Saved<E>*>(w.saved)), gates(static_cast<const GateImage<E>*>(w.gates)), E0(static_cast<E*>(w.E0)), edge(w.edge), cut(w.cut) {}
 };
 
+// Two neighbouring elements of a gradient, in its type: E, or fp32 for gates that are.
 template <class E>
 __device__ inline void store_pair(const View& v, int64_t i, float x, float y) {
   if (v.dtype == DType::f32) *reinterpret_cast<float2*>(static_cast<float*>(v.ptr) + i) = make_float2(x, y);
   else *reinterpret_cast<uint32_t*>(static_cast<E*>(v.ptr) + i) = pack<E>(x, y);
+}
+
+// Accumulators for the same thread of another warpgroup.
+template <int NT>
+__device__ inline void put(float* to, const float (&x)[NT][4], int tid) {
+#pragma unroll
+  for (int t = 0; t < NT; ++t) reinterpret_cast<float4*>(to)[t * 128 + tid] = make_float4(x[t][0], x[t][1], x[t][2], x[t][3]);
 }
 
 // Ones where u >= t (upper) or u < t, row t of the warp's 16: an operand.

@@ -39,12 +39,16 @@ __device__ inline int lane_id() { return threadIdx.x & 31; }
 __device__ inline int frag_row() { return lane_id() >> 2; }
 __device__ inline int frag_col() { return (lane_id() & 3) * 2; }
 
+// Four 8 x 8 matrices from shared memory; p: an address there, or a pointer.
+template <bool transpose>
+__device__ inline void ldmatrix4(uint32_t (&r)[4], uint32_t p) {
+  if constexpr (transpose)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(p) : "memory");
+  else asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(p) : "memory");
+}
 template <bool transpose>
 __device__ inline void ldmatrix4(uint32_t (&r)[4], const void* p) {
-  const uint32_t a = static_cast<uint32_t>(__cvta_generic_to_shared(p));
-  if constexpr (transpose)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(a) : "memory");
-  else asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(a) : "memory");
+  ldmatrix4<transpose>(r, static_cast<uint32_t>(__cvta_generic_to_shared(p)));
 }
 
 template <class T>
