@@ -67,7 +67,7 @@ def main() -> int:
     shapes = [tuple(map(int, s.split(","))) for s in args.shapes] if args.shapes else (GPU if cuda else CPU)
     shapes = shapes[: 4 if cuda else 3] if args.quick else shapes
     dtypes = args.dtypes or (["bfloat16"] if cuda else ["float32", "bfloat16"])
-    about = {**facts(), "commit": commit(), "peer": peer_version(), "argv": " ".join(sys.argv[1:]), "date": time.strftime("%Y-%m-%d %H:%M")}
+    about = {**provenance(), "peer": peer_version()}
     for name, value in about.items():
         print(f"{name:<14}{value}")
     print()
@@ -191,6 +191,27 @@ def make(shape: Shape, device: torch.device, seed: int) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------------- measuring
 
 
+def several(call: Callable[[int], Any], times: int, cuda: bool) -> Callable[[int], Any]:
+    """A turn of ``times`` calls; on a GPU they are one CUDA graph, which keeps what ``call`` holds."""
+    if not cuda:
+        return lambda turn: [call(i) for i in range(times)]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for i in range(3):
+            call(i)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(times):
+            call(i)
+
+    def replay(turn: int, keep: Any = call) -> None:  # whatever the graph reads and writes must stay
+        graph.replay()
+
+    return replay
+
+
 def alternate(calls: dict[str, Callable[[int], Any]], cuda: bool, seconds: float) -> dict[str, float]:
     """Median ms of each call, called in turns with the number of the turn."""
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -304,6 +325,12 @@ def show(row: dict[str, Any]) -> None:
     more = ("; speed: " + ratios if ratios else "") + ("; MiB: " + memory if memory else "")
     print(f"{'':<54} ours: {row['GBps']:.0f} GB/s, {row['percent_of_floor']:.0f} % of floor{more}")
     print(f"{'':<54} error: {worst}{'' if row['correct'] else '  WRONG'}{'; ' + '; '.join(row['notes']) if row['notes'] else ''}", flush=True)
+
+
+def provenance() -> dict[str, str]:
+    """What ran, on what, when: the head of every result. Where things lie on this machine is not a part of it."""
+    known = {name: value.split(", /")[0] for name, value in facts().items()}
+    return {**known, "commit": commit(), "argv": " ".join(sys.argv[1:]), "date": time.strftime("%Y-%m-%d %H:%M")}
 
 
 def commit() -> str:

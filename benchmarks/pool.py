@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.__main__ import Shape, alternate, copier, kernels, make
+from benchmarks.__main__ import Shape, alternate, copier, kernels, make, several
 from benchmarks.report import Report
 from gsa_ext import chunk_gsa, gsa_step
 
@@ -89,23 +89,6 @@ def measure(lengths: list[int], HQ: int, H: int, D: int, M: int, which: str, dev
     print(f"{row['shape']:<40} {row['kernels']:<10} us: {'  '.join(f'{name} {1e3 * value:.1f}' for name, value in ms.items())}; than in order: {more}"
           f"{'' if equal else '  DIFFERENT BITS'}", flush=True)
     return row
-
-
-def several(call: Callable[[int], Any], times: int, cuda: bool) -> Callable[[int], Any]:
-    """``times`` calls; on a GPU as one CUDA graph."""
-    if not cuda:
-        return lambda turn: [call(i) for i in range(times)] and None
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for i in range(2):
-            call(i)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(times):
-            call(i)
-    return lambda turn: graph.replay()
 
 
 def plot(rows: list[dict[str, Any]], about: dict[str, str], path: Path) -> None:

@@ -10,8 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.__main__ import commit
-from gsa_ext.cli.info import facts
+from benchmarks.__main__ import provenance
 
 Rows = list[dict[str, Any]]
 
@@ -28,7 +27,7 @@ class Report:
 
     def __init__(self, out: Path, name: str, device: str, seconds: float, plot: Callable[[Rows, dict[str, str], Path], None], **more: Any) -> None:
         self.end, self.plot, self.more, self.rows = time.monotonic() + seconds, plot, more, Rows()
-        self.about = {**facts(), "commit": commit(), "argv": " ".join(sys.argv[1:]), "date": time.strftime("%Y-%m-%d %H:%M")}
+        self.about = provenance()
         self.about.update({key: value for key, value in more.items() if isinstance(value, str)})
         out.mkdir(parents=True, exist_ok=True)
         self.stem = out / f"{name}-{device}-{time.strftime('%Y%m%d-%H%M%S')}"

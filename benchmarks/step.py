@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.__main__ import Shape, alternate, bars, copier, fla, make, peer_version
+from benchmarks.__main__ import Shape, alternate, bars, copier, fla, make, peer_version, several
 from benchmarks.report import Report
 from gsa_ext import gsa_step, testing
 
@@ -59,7 +59,6 @@ def step(shape: Shape, device: torch.device, peers: bool, seconds: float) -> dic
     nbytes = {"ours": 2 * 4 * 2 * B * H * M * D + io, "ours, bf16 state": 2 * 2 * 2 * B * H * M * D + io}
     calls: dict[str, Callable[[int], Any]] = {}
     per_call: dict[str, int] = {}
-    alive: list[Any] = []  # what the graphs read and write: capturing another one empties the allocator's cache
 
     def states(width: torch.dtype, heads: int = H) -> list[tuple[torch.Tensor, torch.Tensor]]:
         sets = min(CALLS, max(2, math.ceil(6e9 / (4 * 2 * B * heads * M * D)))) if cuda else 1
@@ -67,21 +66,7 @@ def step(shape: Shape, device: torch.device, peers: bool, seconds: float) -> dic
 
     def add(name: str, call: Callable[[int], Any]) -> None:
         per_call[name] = CALLS
-        if not cuda:
-            calls[name] = lambda turn: [call(i) for i in range(CALLS)]
-            return
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for turn in range(3):
-                call(turn)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for turn in range(CALLS):
-                call(turn)
-        calls[name] = lambda turn: graph.replay()
-        alive.append(call)
+        calls[name] = several(call, CALLS, cuda)
 
     def ours(held: list[tuple[torch.Tensor, torch.Tensor]]) -> Callable[[int], Any]:
         def call(turn: int) -> None:
