@@ -60,7 +60,8 @@ def make_inputs(
         B, T, HQ, H, K, V, M: sizes; H None means HQ.
         mode: "coupled" (s None), "given" (s near 1 - exp(g), but not equal to it), "abc" (g None, s raw slot logits).
         gate: a number tau gives ``logsigmoid(N(0, 1)) / tau``; "zero", "-40" and "-inf" set half of the gates to that (all of them would make
-            all slots equal), the rest is tau = 8; "mixed" is tau = 1 with a tenth of the gates 0 and a tenth -inf.
+            all slots equal), the rest is tau = 8; "mixed" is tau = 1 with a tenth of the gates 0 and a tenth -inf; "shut" is nearly 0 or -3.7, from slot to
+            slot the one more often and then the other, as in a model that was just converted.
         dtype: of q, k, v, and of s and g unless gate_dtype is given.
         device: where the tensors go; the values do not depend on it.
         lengths: packed sequences; B must be 1, T becomes their sum.
@@ -82,7 +83,9 @@ def make_inputs(
     q, k, v, raw = normal(B, T, HQ, K), normal(B, T, H, K), normal(B, T, H, V), normal(B, T, H, M)
     g = F.logsigmoid(raw) / ({"mixed": 1.0}.get(gate, 8.0) if isinstance(gate, str) else gate)
     draw = torch.rand(raw.shape, generator=generator, dtype=torch.float64)
-    if gate == "mixed":
+    if gate == "shut":
+        g = F.logsigmoid(9 * raw + torch.linspace(4, 20, M, dtype=torch.float64)).clamp(min=-3.7)
+    elif gate == "mixed":
         g = g.masked_fill(draw < 0.1, 0.0).masked_fill(draw > 0.9, -torch.inf)
     elif isinstance(gate, str):
         g = g.masked_fill(draw < 0.5, {"zero": 0.0, "-40": -40.0, "-inf": -torch.inf}[gate])

@@ -41,11 +41,27 @@ def test_the_environment_decides(cuda, monkeypatch):
     assert not fused(few) and fused(many)
 
 
-@pytest.mark.parametrize("gate", ["zero", 8.0, 1.0, 0.1, "mixed", "-40", "-inf"])
+@pytest.mark.parametrize("gate", ["zero", 8.0, 1.0, 0.1, "mixed", "-40", "-inf", "shut"])
 @pytest.mark.parametrize("mode", ["coupled", "given"])
 @pytest.mark.parametrize("dtype,D", [(BF16, 64), (BF16, 128), (FP16, 64)])
 def test_gates(dtype, D, mode, gate, cuda):
     check(chunk_gsa, make_inputs(1, 150, 2, 1, D, D, 32, mode=mode, gate=gate, dtype=dtype, device=cuda, initial_state=True))
+
+
+@pytest.mark.parametrize("r", [1, 2])
+@pytest.mark.parametrize("kernels", ["hopper", ""])
+def test_small_cotangents_beside_strong_gates(kernels, r, cuda, monkeypatch):
+    """A mean's cotangents are as small as 2^-30: nothing that they are multiplied with may push them below what a number of 16 bits can hold."""
+    monkeypatch.setenv("GSA_KERNELS", kernels)
+    x = make_inputs(2, 200, 2 * r, 2, 128, 128, 64, gate="shut", mode="given", dtype=BF16, device=cuda)
+    leaves = {name: x[name].requires_grad_() for name in "qkvsg"}
+    o = chunk_gsa(**x)[0]
+    cotangent = torch.randn_like(o)
+    large = torch.autograd.grad(o, leaves.values(), cotangent, retain_graph=True)
+    small = torch.autograd.grad(o, leaves.values(), cotangent * 2.0**-30)
+    for name, a, b in zip(leaves, large, small):
+        off = (b.double() * 2.0**30 - a.double()).norm() / a.double().norm()
+        assert off < 1e-4, f"d{name} {off:.1e}"
 
 
 @pytest.mark.parametrize("T", [1, 63, 64, 65, 300])
@@ -90,7 +106,7 @@ def automatic(hopper, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["coupled", "given"])
-@pytest.mark.parametrize("gate", [8.0, 0.1, "-inf"])
+@pytest.mark.parametrize("gate", [8.0, 0.1, "-inf", "shut"])
 @pytest.mark.parametrize("dtype,D,r", [(BF16, 64, 1), (BF16, 128, 1), (BF16, 64, 3), (BF16, 128, 4), (FP16, 128, 2)])
 def test_backward_in_parts(dtype, D, r, gate, mode, cuda, automatic):
     x = make_inputs(2, 150, 2 * r, 2, D, D, 40, mode=mode, gate=gate, dtype=dtype, device=cuda, initial_state=True)

@@ -132,15 +132,16 @@ struct Beside {
   }
 };
 
-// Backward may find the boundary states here or make them again: by the same kernels, to the bit.
-int64_t boundary_workspace(const Params& p) { return p.boundary && !hopper_fuses(p) ? arena(hopper_gates_bytes(p), 1) + p.N * p.H * 4 : 0; }
+// What a group of query heads shares. Backward may find the boundary states here or make them again: by the same kernels, to the bit.
+bool shares_gates(const Params& p) { return hopper_takes(p) && !hopper_fuses(p) && (p.boundary || hopper_walks(p)); }
+int64_t gates_workspace(const Params& p) { return shares_gates(p) ? arena(hopper_gates_bytes(p), 1) + p.N * p.H * 4 : 0; }
 
 int64_t forward_workspace(const Params& p) {
   if (!hopper_takes(p)) return states_workspace(p);
-  if (hopper_walks(p)) return Beside::floats(p) * 4 + boundary_workspace(p);
+  if (hopper_walks(p)) return Beside::floats(p) * 4 + gates_workspace(p);
   Params without = p;
   without.boundary = nullptr;
-  return std::max(states_workspace(without), boundary_workspace(p));
+  return std::max(states_workspace(without), gates_workspace(p));
 }
 
 States forward_states(const Params& p, void* hkT, void* hvT, bool recompute) {
@@ -169,18 +170,21 @@ States forward_states(const Params& p, void* hkT, void* hvT, bool recompute) {
 void chunk_forward(const ForwardParams& p) {
   require_device();
   ForwardParams x = p;
-  if (p.boundary && hopper_takes(p) && !hopper_fuses(p)) {
-    char* base = static_cast<char*>(p.workspace) + (hopper_walks(p) ? Beside::floats(p) * 4 : 0);
-    hopper_gates(p, base);
-    hopper_states(p, base, p.boundary, reinterpret_cast<int*>(base + arena(hopper_gates_bytes(p), 1)));
+  char* images = nullptr;
+  int* cut = nullptr;
+  if (shares_gates(p)) {
+    images = static_cast<char*>(p.workspace) + (hopper_walks(p) ? Beside::floats(p) * 4 : 0);
+    cut = reinterpret_cast<int*>(images + arena(hopper_gates_bytes(p), 1));
+    hopper_gates(p, images);
+    if (p.boundary) hopper_states(p, images, p.boundary, cut);
     x.boundary = nullptr;
   }
   if (hopper_walks(p)) {
-    if (!p.state_indices) return hopper_forward(x, x.boundary);
+    if (!p.state_indices) return hopper_forward(x, x.boundary, cut, images);
     const Beside own(p);
     x.hk0 = own.hk, x.hv0 = own.hv, x.hkT = own.hkT, x.hvT = own.hvT, x.state_indices = nullptr;
     states_from_pool(p, own.hk, own.hv);
-    hopper_forward(x, x.boundary);
+    hopper_forward(x, x.boundary, cut, images);
     return states_to_pool(p, own.hkT, own.hvT);
   }
   const States s = forward_states(x, p.hkT, p.hvT, true);

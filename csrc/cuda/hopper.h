@@ -11,9 +11,9 @@ bool hopper_walks(const Params& p);
 // Whether the backward walk (hopper_fused) does, too: each query head has keys and values of its own.
 inline bool hopper_fuses(const Params& p) { return p.HQ == p.H && hopper_walks(p); }
 
-// The forward walk. boundary: the states before each chunk are written there; nullptr: not kept. p.o.ptr == nullptr: states only. cut: [N, H], only sequences and
-// heads where it is not 0 (of states); nullptr: all.
-void hopper_forward(const ForwardParams& p, void* boundary, const int* cut = nullptr);
+// The forward walk. boundary: the states before each chunk are written there; nullptr: not kept. p.o.ptr == nullptr: states only. images: of hopper_gates,
+// which take less time than making the same gates for every query head; then cut [N, H] is written. Else only sequences and heads where it is not 0; nullptr: all.
+void hopper_forward(const ForwardParams& p, void* boundary, int* cut = nullptr, const void* images = nullptr);
 
 // What depends on the gates alone: a GateImage (core/hopper.cuh) for each chunk and key/value head.
 int64_t hopper_gates_bytes(const Params& p);

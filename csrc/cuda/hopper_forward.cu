@@ -7,7 +7,8 @@
 //
 // Four warpgroups: one brings the tokens, a chunk ahead, one makes the windows (R, S, ref; core/hopper.cuh), one has the keys, one the values, a window
 // behind. X and A2 are operands in two parts (16 + 16 bits), S too: what is rounded to 16 bits is the states as operands, and P in front of them. Query
-// heads of a group have a block each and share k, v and g through the cache; the first of them writes the states.
+// heads of a group have a block each and share k, v and g through the cache; the first of them writes the states. Making a window takes longer than using it:
+// for a group the windows are made once, by hopper_gates.cu, and brought (`images`); sequences and heads with a chunk of several are left to a second launch.
 //
 //     shared memory        written by        read by           barriers (full / empty)
 //     tokens[2]: q, k, v   tokens            keys; values      tokens_full / keys_free, values_free
@@ -23,10 +24,14 @@ namespace {
 
 using namespace hopper;
 
-template <class E, int D>
+template <class E>
+struct alignas(1024) ImageWindow : GateImage<E> {};
+
+template <class E, int D, bool images>
 struct ForwardShared {
+  using Gates = std::conditional_t<images, ImageWindow<E>, Window<E>>;
   E q[2][64 * D], k[2][64 * D], v[2][64 * D];
-  Window<E> windows[2];
+  Gates windows[2];
   E H[2][64 * D];  // [D][64] of the keys, of the values
   E P[3][kTile];  // hi, lo, times exp(ref)
   typename GateMaker<E, 16>::Scratch scratch;
@@ -44,8 +49,9 @@ struct Turn {
 };
 
 // The keys' warpgroup, or the values'.
-template <class E, int D, bool values>
-__device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary, ForwardShared<E, D>& m, Chunk c, int64_t n, int64_t head, int64_t q_head) {
+template <class E, int D, bool images, bool values>
+__device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary, ForwardShared<E, D, images>& m, Chunk c, int64_t n, int64_t head,
+                                             int64_t q_head) {
   const int tid = threadIdx.x % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0);
   const bool outputs = p.o.ptr != nullptr, owner = q_head % (p.HQ / p.H) == 0;
   const int64_t chunks = c.seq.chunks;
@@ -71,8 +77,9 @@ __device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary
     const E* x = values ? m.v[tokens.i] : m.k[tokens.i];
     for (bool last = false; !last; window.next()) {
       wait(m.window_full + window.i, window.parity);
-      const Window<E>& w = m.windows[window.i];
-      last = w.last;
+      const auto& w = m.windows[window.i];
+      if constexpr (images) last = true;
+      else last = w.last;
       if (!values && outputs) {
         float o[8][4], d[2];
         scores<E, D, true>(o, d, m.q[tokens.i], x, tile, w, warp);
@@ -112,7 +119,8 @@ __device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary
         products_wait<0>();
         hand_over(o);
         arrive_warp(&m.p_free);
-        store_window<E>(rows_of(p.o, c, q_head), o, warp, w.begin, w.end);
+        if constexpr (images) store_window<E>(rows_of(p.o, c, q_head), o, warp, 0, c.length);
+        else store_window<E>(rows_of(p.o, c, q_head), o, warp, w.begin, w.end);
       }
       scale_rows(H, w.in[row], w.in[row + 8]);
       hand_over(H);
@@ -136,17 +144,18 @@ __device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary
     if (owner) store_registers(out + (n * p.H + head) * D * p.M, H, values, D, p.M, warp);
 }
 
-template <class E, int D>
-__global__ __launch_bounds__(512, 1) void forward_kernel(const __grid_constant__ ForwardParams p, E* boundary, const int* cut) {
+// images: nullptr, or those of hopper_gates.cu, and `cut` is written; else what is not cut is left out, if there is a `cut`.
+template <class E, int D, bool images>
+__global__ __launch_bounds__(512, 1) void forward_kernel(const __grid_constant__ ForwardParams p, E* boundary, const GateImage<E>* gate_images, int* cut) {
 #if GSA_HOPPER
   extern __shared__ __align__(1024) char memory[];
-  auto& m = *reinterpret_cast<ForwardShared<E, D>*>(memory);
+  auto& m = *reinterpret_cast<ForwardShared<E, D, images>*>(memory);
   const int64_t q_head = blockIdx.x % p.HQ, n = blockIdx.x / p.HQ, head = q_head / (p.HQ / p.H);
-  if (cut && !cut[n * p.H + head]) return;
+  if (!images && cut && !cut[n * p.H + head]) return;
   const int role = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), tid = threadIdx.x % 128;
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2; ++i) {
-      init(m.tokens_full + i, 128), init(m.window_full + i, 128);
+      init(m.tokens_full + i, 128), init(m.window_full + i, images ? 1 : 128);
       init(m.keys_free + i, 4), init(m.values_free + i, 4), init(m.window_free + i, 8);
     }
     init(&m.p_full, 4), init(&m.p_free, 4);
@@ -157,8 +166,26 @@ __global__ __launch_bounds__(512, 1) void forward_kernel(const __grid_constant__
   c.seq = sequence<false>(p, n, kChunk);
   const int64_t chunks = c.seq.chunks;
   const bool outputs = p.o.ptr != nullptr;
-
-  if (role == 0) {  // windows
+  if constexpr (images) {
+    const GateImage<E>* image = gate_images + c.seq.slot * p.H + head;
+    bool several = false;
+    for (int64_t i = threadIdx.x; i < chunks; i += 512) several |= image[i * p.H].cut != 0;
+    several = __syncthreads_or(several);
+    if (threadIdx.x == 0 && q_head % (p.HQ / p.H) == 0) cut[n * p.H + head] = several;
+    if (several) return;
+    if (role == 0) {  // windows
+      give_registers<24>();
+      if (tid) return;
+      Turn turn;
+      for (int64_t i = 0; i < chunks; ++i, turn.next()) {
+        wait(m.window_free + turn.i, turn.parity ^ 1);
+        constexpr uint32_t bytes = offsetof(GateImage<E>, cut);
+        arrive_expecting(m.window_full + turn.i, bytes);
+        bulk_load(m.windows + turn.i, image + i * p.H, bytes, m.window_full + turn.i);
+      }
+      return;
+    }
+  } else if (role == 0) {  // windows
     give_registers<128>();
     GateMaker<E, 16> gates(m.scratch, tid, 1);
     Turn turn;
@@ -209,9 +236,9 @@ __global__ __launch_bounds__(512, 1) void forward_kernel(const __grid_constant__
     }
     return;
   }
-  take_registers<168>();
-  if (role == 1) forward_half<E, D, false>(p, boundary, m, c, n, head, q_head);
-  else forward_half<E, D, true>(p, boundary, m, c, n, head, q_head);
+  take_registers<images ? 216 : 168>();
+  if (role == 1) forward_half<E, D, images, false>(p, boundary, m, c, n, head, q_head);
+  else forward_half<E, D, images, true>(p, boundary, m, c, n, head, q_head);
 #endif
 }
 
@@ -238,9 +265,14 @@ bool hopper_walks(const Params& p) {
   const int64_t blocks = p.N * p.HQ, at_once = hopper_multiprocessors();
   return wanted_kernels() == Kernels::hopper || blocks * 10 >= ceil_div(blocks, at_once) * at_once * 7;
 }
-void hopper_forward(const ForwardParams& p, void* boundary, const int* cut) {
+void hopper_forward(const ForwardParams& p, void* boundary, int* cut, const void* images) {
   select_hopper(p, [&]<class E, int D>() {
-    launch("hopper_forward", forward_kernel<E, D>, p.N * p.HQ, 512, sizeof(ForwardShared<E, D>), p.stream, p, static_cast<E*>(boundary), cut);
+    auto run = [&]<bool brought>() {
+      launch("hopper_forward", forward_kernel<E, D, brought>, p.N * p.HQ, 512, sizeof(ForwardShared<E, D, brought>), p.stream, p, static_cast<E*>(boundary),
+             static_cast<const GateImage<E>*>(images), cut);
+    };
+    if (images) run.template operator()<true>();
+    run.template operator()<false>();
   });
 }
 

@@ -201,22 +201,10 @@ __device__ __forceinline__ void fused_side(const BackwardParams& p, FusedShared<
         }
       }
       {  // exp(G_end) <H, dH> of every slot
-        float sum[2] = {0.f, 0.f};
-        const int l = lane_id();
-        const uint32_t H_row = place(H, (l & 7) + (l >> 4) * 8, 0) ^ ((warp * 2 + ((l >> 3) & 1)) * 16);
-#pragma unroll
-        for (int t = 0; t < NT; t += 2) {
-          uint32_t h[4];
-          ldmatrix4<true>(h, H_row + t * 1024);
-#pragma unroll
-          for (int x = 0; x < 4; ++x) {
-            const float2 e = unpack<E>(h[x]);
-            const float (&g)[4] = dH[t + (x >> 1)];
-            sum[x & 1] += e.x * g[(x & 1) * 2] + e.y * g[(x & 1) * 2 + 1];
-          }
-        }
-        sum[0] = quad_sum(sum[0]) * w.in[row], sum[1] = quad_sum(sum[1]) * w.in[row + 8];
-        if ((l & 3) == 0) m.edge[values][row] = sum[0], m.edge[values][row + 8] = sum[1];
+        float sum[2];
+        state_products(sum, H, dH, warp);
+        sum[0] *= w.in[row], sum[1] *= w.in[row + 8];
+        if ((lane_id() & 3) == 0) m.edge[values][row] = sum[0], m.edge[values][row + 8] = sum[1];
         arrive_warp(&m.H_free[values]);
       }
       {  // dk or dv

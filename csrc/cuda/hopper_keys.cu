@@ -72,12 +72,9 @@ __global__ __launch_bounds__(kThreads, 2) void keys_kernel(const __grid_constant
     if (h == 0 && side) bulk_load(m.E0[1], w.E0 + (at * 3 + 2) * 64 * D, bytes, &m.full);
   };
   __syncthreads();
-  tiles(0, 0);
   tokens(0, 0);
-  if (cut) {
-    cp_async_wait_for<0>();
-    return wait(&m.full, 0);
-  }
+  if (cut) return cp_async_wait_for<0>();
+  tiles(0, 0);
   const int tid = threadIdx.x % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0), row = warp * 16 + frag_row(), col = half * 32 + frag_col();
   const bool coupled = p.s.ptr == nullptr;
   float inner[4][4], outer[4][4], diagonal[4][4];

@@ -95,11 +95,10 @@ __global__ __launch_bounds__(kThreads, 2) void queries_kernel(const __grid_const
   };
   // Everything is on its way before anything is waited for.
   const GateImage<E>& image = w.gates[c.slot * p.H + head];
+  const bool cut = image.cut;
   if (threadIdx.x == 0) {
     init(&m.S_full, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    arrive_expecting(&m.S_full, sizeof(m.S));
-    bulk_load(m.S, image.S, sizeof(m.S), &m.S_full);
   }
   load_tokens<D, kThreads>(m.A[0], rows_of(p.q, c, first_head), c.length, threadIdx.x);
   load_tokens<D, kThreads>(m.B[0], rows_of(p.k, c, head), c.length, threadIdx.x);
@@ -108,14 +107,14 @@ __global__ __launch_bounds__(kThreads, 2) void queries_kernel(const __grid_const
   load_tokens<D, kThreads>(m.A[1], rows_of(p.d_o, c, first_head), c.length, threadIdx.x);
   load_tokens<D, kThreads>(m.B[1], rows_of(p.v, c, head), c.length, threadIdx.x);
   cp_async_commit();
-  const bool cut = image.cut;
-  if (threadIdx.x < kSlots) m.in[threadIdx.x] = image.in[threadIdx.x];
-  __syncthreads();
-  if (cut) {  // nothing is on its way where the gates are made
-    cp_async_wait_for<0>();
-    wait(&m.S_full, 0);
-    __syncthreads();
+  if (!cut) {
+    if (threadIdx.x == 0) {
+      arrive_expecting(&m.S_full, sizeof(m.S));
+      bulk_load(m.S, image.S, sizeof(m.S), &m.S_full);
+    }
+    if (threadIdx.x < kSlots) m.in[threadIdx.x] = image.in[threadIdx.x];
   }
+  __syncthreads();
   uint64_t starts = 0;
   for (int begin = 0, end = c.length; begin < c.length; begin = end) {
     float R[4][4];

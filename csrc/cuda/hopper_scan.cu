@@ -55,7 +55,7 @@ __global__ __launch_bounds__(kThreads, 2) void scan_kernel(const __grid_constant
     if (threadIdx.x == 0 && side == 0 && slice == 0) w.cut[n * p.H + head] = cut;
   }
   if (cut || !boundary) return;
-  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), row = warp * 16 + frag_row(), l = lane_id();
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), row = warp * 16 + frag_row();
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) init(m.full + i, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -133,22 +133,11 @@ __global__ __launch_bounds__(kThreads, 2) void scan_kernel(const __grid_constant
       __syncthreads();  // and everybody is done with the stage before this one
       load(step + 2);
       if (reverse && step == first) {  // <H, dH>
-        float sum[2] = {0.f, 0.f};
-        const uint32_t H_row = place(m.H[step / r % kStages], (l & 7) + (l >> 4) * 8, 0) ^ ((warp * 2 + ((l >> 3) & 1)) * 16);
-#pragma unroll
-        for (int t = 0; t < 8; t += 2) {
-          uint32_t x[4];
-          ldmatrix4<true>(x, H_row + t * 1024);
-#pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            const float2 y = unpack<E>(x[k]);
-            const float (&g)[4] = h[t + (k >> 1)];
-            sum[k & 1] += y.x * g[(k & 1) * 2] + y.y * g[(k & 1) * 2 + 1];
-          }
-        }
-        sum[0] = quad_sum(sum[0]) * in[0], sum[1] = quad_sum(sum[1]) * in[1];
+        float sum[2];
+        state_products(sum, m.H[step / r % kStages], h, warp);
+        sum[0] *= in[0], sum[1] *= in[1];
         float* edge = w.edge + (at * 2 + side) * D + slice * 64;  // D / 64 parts of 64 slots
-        if ((l & 3) == 0) edge[row] = sum[0], edge[row + 8] = sum[1];
+        if ((lane_id() & 3) == 0) edge[row] = sum[0], edge[row + 8] = sum[1];
       }
       hand_over(h);
       products_begin();

@@ -7,9 +7,10 @@
 //
 // Windows. The products of a chunk are taken relative to a reference in the middle of its gates,
 //     exp(G_i - G_j) = R_i (exp(ref - G_j)),      R_i = exp(G_i - ref),      S_j = s_j exp(ref - G_j),
-// which is safe while the gates of no slot span more than `limit` over it. A chunk in which they do is cut into windows in which they do not; the first
-// gate of a window counts for the state only, so that a window of one token always exists and a reset (-inf) is the first of its window. Tokens outside
-// the window have R = S = 0: the kernels do one window after the other over the same tiles of 64 tokens. One form for all gates, nothing is clamped.
+// which is safe while the gates of no slot span more than `limit` over it: where i >= j the product is at most 1, what overflows elsewhere is not kept, and
+// either factor leaves room for the numbers it goes with. A chunk in which they span more is cut into windows in which they do not; the first gate of a window
+// counts for the state only, so that a window of one token always exists and a reset (-inf) is the first of its window. Tokens outside the window have
+// R = S = 0: the kernels do one window after the other over the same tiles of 64 tokens. One form for all gates, nothing is clamped.
 #pragma once
 #include "../hopper.h"
 #include "chunk.cuh"
@@ -387,11 +388,22 @@ struct Window {
 };
 static_assert(sizeof(Window<bf16>) % 1024 == 0);
 
+// What hopper_gates.cu leaves for every chunk and key/value head: its window, if it has one.
+template <class E>
+struct GateImage {
+  E S[2][kTile];
+  float R[kTile];                                          // as accumulators lie: [column / 8][thread of a warpgroup][4]
+  float start[kSlots], in[kSlots], out[kSlots];
+  int cut;                                                 // whether it has several, and nothing else is here
+  int pad[31];
+};
+
 // The 64 / ROWS warps that make them: thread (warp w, lane l) has ROWS tokens from ROWS w on, of slots 2 l and 2 l + 1.
 template <class E, int ROWS>
 struct GateMaker {
   static constexpr int warps = 64 / ROWS;
-  static constexpr float limit = std::is_same_v<E, bf16> ? 110.f : 20.f;   // in powers of two; half of it to either side of the reference
+  // In powers of two. bf16: R within 2^97 and 2^-79, more room below for Y, whose cotangents are small (a mean's, 2^-30 and less).
+  static constexpr float limit = std::is_same_v<E, bf16> ? 176.f : 20.f, reference = std::is_same_v<E, bf16> ? 0.55f : 0.5f;
   float g[ROWS][2], s[ROWS][2];                            // log2 of the gates; write strengths
   struct Scratch {
     float total[warps][kSlots], first[kSlots], span[64];
@@ -480,28 +492,29 @@ struct GateMaker {
     for (int x = 16; x; x >>= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, x));
     return top <= limit;
   }
-  // Bit t: a window starts at token t.
+  // Bit t: a window starts at token t. The first NaN does, for the sake of what is before it; of those after it, whose rows are NaN anyway, nothing is spared.
   __device__ uint64_t cut(int length) {
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
-      float x = fmaxf(-g[i][0], -g[i][1]);
-      if (isnan(g[i][0]) || isnan(g[i][1])) x = INFINITY;
-      x = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(fmaxf(x, 0.f))));
-      if (lane == 0) scratch.span[warp * ROWS + i] = x;
+      const bool nan = __any_sync(0xffffffffu, isnan(g[i][0]) || isnan(g[i][1]));
+      const float x = fmaxf(fmaxf(-g[i][0], -g[i][1]), 0.f);
+      const float top = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(x)));
+      if (lane == 0) scratch.span[warp * ROWS + i] = nan ? NAN : top;
     }
     together();
     uint64_t starts = 1;
     float sum = 0.f;
-    for (int t = 1; t < length; ++t) {
+    bool seen = isnan(scratch.span[0]);
+    for (int t = 1; t < length && !seen; ++t) {
       sum += scratch.span[t];
-      if (!(sum <= limit)) starts |= 1ull << t, sum = 0.f;
+      if (!(sum <= limit)) starts |= 1ull << t, sum = 0.f, seen = isnan(scratch.span[t]);
     }
     return starts;
   }
 
   // g and s become R and S of the window; before, total: of sums(begin, end).
   __device__ void make(int begin, int end, const float (&before)[2], const float (&total)[2]) {
-    float sum[2] = {before[0] - 0.5f * total[0], before[1] - 0.5f * total[1]};
+    float sum[2] = {before[0] - reference * total[0], before[1] - reference * total[1]};
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
       const int t = warp * ROWS + i;
@@ -544,7 +557,7 @@ struct GateMaker {
   }
   __device__ void store_edges(float* start, float* in, float* out, const float (&total)[2]) const {
     const float2 first = *reinterpret_cast<const float2*>(scratch.first + 2 * lane);
-    const float ref[2] = {0.5f * total[0], 0.5f * total[1]};
+    const float ref[2] = {reference * total[0], reference * total[1]};
     if (start) *reinterpret_cast<float2*>(start + 2 * lane) = make_float2(exp2f(first.x), exp2f(first.y));
     *reinterpret_cast<float2*>(in + 2 * lane) = make_float2(exp2f(first.x + ref[0]), exp2f(first.y + ref[1]));
     if (out) *reinterpret_cast<float2*>(out + 2 * lane) = make_float2(exp2f(total[0] - ref[0]), exp2f(total[1] - ref[1]));
@@ -628,6 +641,15 @@ __device__ inline void scale_by_R(float (&x)[8][4], const Window<E>& w, int warp
     x[t][0] *= x0.x, x[t][1] *= x0.y, x[t][2] *= x1.x, x[t][3] *= x1.y;
   }
 }
+template <class E>
+__device__ inline void scale_by_R(float (&x)[8][4], const GateImage<E>& w, int) {
+  const float4* R = reinterpret_cast<const float4*>(w.R) + threadIdx.x % 128;
+#pragma unroll
+  for (int t = 0; t < 8; ++t) {
+    const float4 y = R[t * 128];
+    x[t][0] *= y.x, x[t][1] *= y.y, x[t][2] *= y.z, x[t][3] *= y.w;
+  }
+}
 // x[i, m] *= f_m
 template <int NT>
 __device__ inline void scale_columns(float (&x)[NT][4], const float* f) {
@@ -650,8 +672,8 @@ __device__ inline void diagonal_of(float (&d)[2], const float (&x)[8][4], int wa
 
 // o[i, m] = exp(ref) (a H) + X S, X = tril(a b^T): times R, o1 / scale from (q, k, Hk), dp from (d_o, v, Hv).
 // diagonal false: X strictly lower, and the diagonal of a b^T apart, of rows lane / 4 and lane / 4 + 8.
-template <class E, int D, bool diagonal>
-__device__ inline void scores(float (&o)[8][4], float (&d)[2], const E* a, const E* b, const E* H, const Window<E>& w, int warp) {
+template <class E, int D, bool diagonal, class Gates>
+__device__ inline void scores(float (&o)[8][4], float (&d)[2], const E* a, const E* b, const E* H, const Gates& w, int warp) {
   float x[8][4];
   hand_over(x);
   hand_over(o);
@@ -702,16 +724,6 @@ __device__ inline void softmax(float (&x)[8][4], float c, int M) {
 
 // ------------------------------------------------------------------------------------------------------------ backward
 
-// What hopper_gates.cu leaves for every chunk and key/value head: its window, if it has one (Window has the meanings).
-template <class E>
-struct GateImage {
-  E S[2][kTile];
-  float R[kTile];                                          // as accumulators lie: [column / 8][thread of a warpgroup][4]
-  float start[kSlots], in[kSlots], out[kSlots];
-  int cut;                                                 // whether it has several, and nothing else is here
-  int pad[31];
-};
-
 // What hopper_queries.cu leaves for every chunk and query head; rows of each window are relative to its reference.
 template <class E>
 struct Saved {
@@ -735,6 +747,26 @@ template <class E>
 __device__ inline void store_pair(const View& v, int64_t i, float x, float y) {
   if (v.dtype == DType::f32) *reinterpret_cast<float2*>(static_cast<float*>(v.ptr) + i) = make_float2(x, y);
   else *reinterpret_cast<uint32_t*>(static_cast<E*>(v.ptr) + i) = pack<E>(x, y);
+}
+
+// <H, dH> of rows lane / 4 and lane / 4 + 8 of a warp's 16 slots: H a tile [dimension][slot], dH with slots as rows.
+template <class E, int NT>
+__device__ inline void state_products(float (&sum)[2], const E* H, const float (&dH)[NT][4], int warp) {
+  const int l = lane_id();
+  const uint32_t H_row = place(H, (l & 7) + (l >> 4) * 8, 0) ^ ((warp * 2 + ((l >> 3) & 1)) * 16);
+  sum[0] = sum[1] = 0.f;
+#pragma unroll
+  for (int t = 0; t < NT; t += 2) {
+    uint32_t h[4];
+    ldmatrix4<true>(h, H_row + t * 1024);
+#pragma unroll
+    for (int x = 0; x < 4; ++x) {
+      const float2 e = unpack<E>(h[x]);
+      const float (&g)[4] = dH[t + (x >> 1)];
+      sum[x & 1] += e.x * g[(x & 1) * 2] + e.y * g[(x & 1) * 2 + 1];
+    }
+  }
+  sum[0] = quad_sum(sum[0]), sum[1] = quad_sum(sum[1]);
 }
 
 // Accumulators for the same thread of another warpgroup.
