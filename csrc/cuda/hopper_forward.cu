@@ -75,7 +75,7 @@ __device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary
       last = w.last;
       if (!values && outputs) {
         float o[8][4], d[2];
-        scores<E, D, true>(o, d, m.q[tokens.i], x, tile, w, warp);
+        scores<E, D, true>(o, d, m.q[tokens.i], x, tile, w.S[0], w.in, warp);
         scale_by_R(o, w, warp);
         softmax(o, static_cast<float>(p.scale) * 1.4426950408889634f, p.M);
         scale_by_R(o, w, warp);

@@ -41,36 +41,6 @@ struct QueriesShared {
 };
 static_assert(sizeof(QueriesShared<bf16, 128>) <= 113 * 1024);
 
-// Columns 32 half .. + 31 of o = exp(ref) (a H) + X S, X = tril(a b^T) without its diagonal, which is d.
-template <class E, int D>
-__device__ __forceinline__ void half_scores(float (&o)[4][4], float (&d)[2], const E* a, const E* b, const E* H, const E* S, const float* in, int half,
-                                            int warp) {
-  float x[8][4];
-  hand_over(x);
-  hand_over(o);
-  products_begin();
-  product<E, D / 16, 0, 0>(x, kmajor(a), kmajor(b), false);
-  products_commit();
-  product<E, D / 16, 0, 1>(o, kmajor(a), mnmajor(H + half * 32), false);
-  products_commit();
-  products_wait<1>();
-  hand_over(x);
-  diagonal_of(d, x, warp);
-  keep<true, 1>(x, warp);
-  const auto X = split<E>(x);
-  products_wait<0>();
-  hand_over(o);
-  scale_columns(o, in + half * 32);
-  hand_over(o);
-  products_begin();
-  product<E, 1>(o, X.hi, mnmajor(S + half * 32));
-  product<E, 1>(o, X.lo, mnmajor(S + half * 32));
-  product<E, 1>(o, X.hi, mnmajor(S + kTile + half * 32));
-  products_commit();
-  products_wait<0>();
-  hand_over(o);
-}
-
 template <class E, int D>
 __global__ __launch_bounds__(kThreads, 2) void queries_kernel(const __grid_constant__ BackwardParams p, const E* boundary,
                                                               const __grid_constant__ Backward<E> w, int heads) {
@@ -179,11 +149,11 @@ __global__ __launch_bounds__(kThreads, 2) void queries_kernel(const __grid_const
       publish();
       __syncthreads();
       float o[4][4], dp[4][4], d[2], b[2];
-      half_scores<E, D>(o, d, m.A[0], m.B[0], m.H[0], m.S[0], m.in, half, warp);
+      scores<E, D, false>(o, d, m.A[0], m.B[0], m.H[0] + half * 32, m.S[0] + half * 32, m.in + half * 32, warp);
       cp_async_wait_for<0>();
       publish();
       __syncthreads();
-      half_scores<E, D>(dp, b, m.A[1], m.B[1], m.H[1], m.S[0], m.in, half, warp);
+      scores<E, D, false>(dp, b, m.A[1], m.B[1], m.H[1] + half * 32, m.S[0] + half * 32, m.in + half * 32, warp);
 
       // softmax, and <p, dp>, over both halves
       float y[4][4], s[4][4], top[2], sum[2], dot[2];
@@ -274,20 +244,7 @@ __global__ __launch_bounds__(kThreads, 2) void queries_kernel(const __grid_const
         product<E, 4, 0, 0>(x, kmajor(m.A[0] + kTile), kmajor(m.S[0]), true);
         product<E, 4, 0, 0>(x, kmajor(m.A[0]), kmajor(m.S[1]), true);
         products_commit();
-        typename Arith<E>::template Op<64> Yref;
-        {
-          const uint32_t from = place(m.A[0], warp * 16 + (lane_id() & 15), 0) ^ (lane_id() >> 4 << 4);
-#pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            uint32_t hi[4], lo[4];
-            ldmatrix4<false>(hi, from ^ (k * 32)), ldmatrix4<false>(lo, (from ^ (k * 32)) + kTile * 2);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const float2 a = unpack<E>(hi[i]), b = unpack<E>(lo[i]), f = *reinterpret_cast<const float2*>(m.in + k * 16 + (i >> 1) * 8 + frag_col());
-              Yref.r[k][i] = pack<E>((a.x + b.x) * f.x, (a.y + b.y) * f.y);
-            }
-          }
-        }
+        const auto Yref = operand_times(m.A[0], m.in, warp);
         products_wait<0>();
         hand_over(x);
         keep<true, 0>(x, warp);

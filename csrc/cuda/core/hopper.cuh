@@ -317,6 +317,23 @@ __device__ inline typename Arith<E>::template Split<NT * 8> split(const float (&
   Arith<E>::template from_acc_split<NT * 8>(r, x, nullptr, 0);
   return r;
 }
+// The warp's rows of a tile in two parts, the other one after it, times f_m: an operand.
+template <class E>
+__device__ inline typename Arith<E>::template Op<64> operand_times(const E* tile, const float* f, int warp) {
+  typename Arith<E>::template Op<64> x;
+  const uint32_t from = place(tile, warp * 16 + (lane_id() & 15), 0) ^ (lane_id() >> 4 << 4);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    uint32_t hi[4], lo[4];
+    ldmatrix4<false>(hi, from ^ (k * 32)), ldmatrix4<false>(lo, (from ^ (k * 32)) + kTile * 2);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 a = unpack<E>(hi[i]), b = unpack<E>(lo[i]), y = *reinterpret_cast<const float2*>(f + k * 16 + (i >> 1) * 8 + frag_col());
+      x.r[k][i] = pack<E>((a.x + b.x) * y.x, (a.y + b.y) * y.y);
+    }
+  }
+  return x;
+}
 // A state in registers, rows = slots, columns = dimensions, into the tile [D][64] of its transpose.
 template <class E, int NT>
 __device__ inline void store_transposed(E* tile, const float (&h)[NT][4], int warp) {
@@ -648,10 +665,10 @@ __device__ inline void diagonal_of(float (&d)[2], const float (&x)[8][4], int wa
   d[0] = __shfl_sync(0xffffffffu, top, lane), d[1] = __shfl_sync(0xffffffffu, bottom, lane);
 }
 
-// o[i, m] = exp(ref) (a H) + X S, X = tril(a b^T): times R, o1 / scale from (q, k, Hk), dp from (d_o, v, Hv).
+// o[i, m] = exp(ref) (a H) + X S, X = tril(a b^T): times R, o1 / scale from (q, k, Hk), dp from (d_o, v, Hv). All slots, or 32: H, S, in from the first one on.
 // diagonal false: X strictly lower, and the diagonal of a b^T apart, of rows lane / 4 and lane / 4 + 8.
-template <class E, int D, bool diagonal>
-__device__ inline void scores(float (&o)[8][4], float (&d)[2], const E* a, const E* b, const E* H, const Window<E>& w, int warp) {
+template <class E, int D, bool diagonal, int NT>
+__device__ __forceinline__ void scores(float (&o)[NT][4], float (&d)[2], const E* a, const E* b, const E* H, const E* S, const float* in, int warp) {
   float x[8][4];
   hand_over(x);
   hand_over(o);
@@ -667,12 +684,12 @@ __device__ inline void scores(float (&o)[8][4], float (&d)[2], const E* a, const
   const auto X = split<E>(x);
   products_wait<0>();
   hand_over(o);
-  scale_columns(o, w.in);
+  scale_columns(o, in);
   hand_over(o);
   products_begin();
-  product<E, 1>(o, X.hi, mnmajor(w.S[0]));
-  product<E, 1>(o, X.lo, mnmajor(w.S[0]));
-  product<E, 1>(o, X.hi, mnmajor(w.S[1]));
+  product<E, 1>(o, X.hi, mnmajor(S));
+  product<E, 1>(o, X.lo, mnmajor(S));
+  product<E, 1>(o, X.hi, mnmajor(S + kTile));
   products_commit();
   products_wait<0>();
   hand_over(o);
