@@ -8,8 +8,6 @@
 //
 // A block has one chunk of one query head, a warp 16 of its rows; A1, o1, p, A2 never leave registers. Diagonals (j = i) are added in fp32.
 // Shared memory: core/tile_io.cuh, RowsShared.
-#include <algorithm>
-
 #include "core/scan.cuh"
 #include "core/select.cuh"
 #include "core/tile_io.cuh"
@@ -121,28 +119,6 @@ StatePlan state_plan(const Params& p) {
 
 int64_t states_workspace(const Params& p) { return state_plan(p).bytes; }
 
-// The forward walk for Hopper knows no pool. It has states of its own; every query head of a group starts from them by itself, so with groups what it writes
-// is apart from what it reads.
-struct Beside {
-  float *hk, *hv, *hkT, *hvT;
-  static int64_t floats(const Params& p) { return p.state_indices ? p.N * p.H * (p.K + p.V) * p.M * (p.HQ > p.H ? 2 : 1) : 0; }
-  explicit Beside(const Params& p) : hk(static_cast<float*>(p.workspace)), hv(hk + p.N * p.H * p.K * p.M), hkT(hk), hvT(hv) {
-    const int64_t size = p.N * p.H * (p.K + p.V) * p.M;
-    if (p.HQ > p.H) hkT += size, hvT += size;
-  }
-};
-
-// Backward may find the boundary states here or make them again: by the same kernels, to the bit.
-int64_t boundary_workspace(const Params& p) { return p.boundary && !hopper_fuses(p) ? arena(hopper_gates_bytes(p), 1) + p.N * p.H * 4 : 0; }
-
-int64_t forward_workspace(const Params& p) {
-  if (!hopper_takes(p)) return states_workspace(p);
-  if (hopper_walks(p)) return Beside::floats(p) * 4 + boundary_workspace(p);
-  Params without = p;
-  without.boundary = nullptr;
-  return std::max(states_workspace(without), boundary_workspace(p));
-}
-
 States forward_states(const Params& p, void* hkT, void* hvT, bool recompute) {
   char* base = static_cast<char*>(p.workspace);
   const StatePlan at = state_plan(p);
@@ -166,24 +142,68 @@ States forward_states(const Params& p, void* hkT, void* hvT, bool recompute) {
   return s;
 }
 
+namespace {
+
+// The kernels for Hopper know no pool: what they start from and leave is beside it. In the walk every query head of a group starts from it by itself, so with
+// groups what is written is apart from what is read.
+struct Beside {
+  float *hk, *hv, *hkT, *hvT;
+  static int64_t floats(const Params& p) { return p.state_indices ? p.N * p.H * (p.K + p.V) * p.M * (p.HQ > p.H ? 2 : 1) : 0; }
+  explicit Beside(const Params& p) : hk(static_cast<float*>(p.workspace)), hv(hk + p.N * p.H * p.K * p.M), hkT(hk), hvT(hv) {
+    const int64_t size = p.N * p.H * (p.K + p.V) * p.M;
+    if (p.HQ > p.H) hkT += size, hvT += size;
+  }
+};
+
+// The workspace after that. Gates and states of all chunks are made where forward goes in parts, and where it walks but backward does not: that one may find
+// the boundary states or make them again, by the same kernels, to the bit.
+struct HopperPlan {
+  bool walks, chunks;
+  int64_t cut, states, bytes;   // offsets; the gates are at 0
+  explicit HopperPlan(const Params& p) : walks(hopper_walks(p)), chunks(!walks || (p.boundary && !hopper_fuses(p))) {
+    const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, chunk_length(p.q.dtype, p.math, p.M));
+    cut = chunks ? arena(hopper_gates_bytes(p), 1) : 0;
+    states = cut + (chunks ? arena(p.N * p.H, 4) : 0);
+    bytes = states + (walks || p.boundary ? 0 : arena(slots * p.H * (p.K + p.V) * p.M, 2));
+  }
+};
+
+void forward_for_hopper(const ForwardParams& p) {
+  const HopperPlan at(p);
+  char* const gates = static_cast<char*>(p.workspace);
+  void* const states = p.boundary ? p.boundary : gates + at.states;
+  int* const cut = reinterpret_cast<int*>(gates + at.cut);
+  if (at.chunks) hopper_gates(p, gates);
+  if (!at.walks) {
+    hopper_states(p, gates, states, cut);
+    hopper_output(p, states, gates, cut);
+  } else if (at.chunks) {
+    ForwardParams states_only{};
+    static_cast<Params&>(states_only) = p;
+    hopper_states(states_only, gates, states, cut);
+    hopper_forward(p, nullptr);
+  } else {
+    hopper_forward(p, p.boundary);
+  }
+}
+
+}  // namespace
+
+int64_t forward_workspace(const Params& p) { return hopper_takes(p) ? Beside::floats(p) * 4 + HopperPlan(p).bytes : states_workspace(p); }
+
 void chunk_forward(const ForwardParams& p) {
   require_device();
-  ForwardParams x = p;
-  if (p.boundary && hopper_takes(p) && !hopper_fuses(p)) {
-    char* base = static_cast<char*>(p.workspace) + (hopper_walks(p) ? Beside::floats(p) * 4 : 0);
-    hopper_gates(p, base);
-    hopper_states(p, base, p.boundary, reinterpret_cast<int*>(base + arena(hopper_gates_bytes(p), 1)));
-    x.boundary = nullptr;
-  }
-  if (hopper_walks(p)) {
-    if (!p.state_indices) return hopper_forward(x, x.boundary);
+  if (hopper_takes(p)) {
+    if (!p.state_indices) return forward_for_hopper(p);
     const Beside own(p);
+    ForwardParams x = p;
     x.hk0 = own.hk, x.hv0 = own.hv, x.hkT = own.hkT, x.hvT = own.hvT, x.state_indices = nullptr;
+    x.workspace = own.hk + Beside::floats(p);
     states_from_pool(p, own.hk, own.hv);
-    hopper_forward(x, x.boundary);
+    forward_for_hopper(x);
     return states_to_pool(p, own.hkT, own.hvT);
   }
-  const States s = forward_states(x, p.hkT, p.hvT, true);
+  const States s = forward_states(p, p.hkT, p.hvT, true);
   select_config(p, [&]<class Cfg>() {
     const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, Cfg::C);
     launch("chunk_output", chunk_output<Cfg>, slots * p.HQ, Cfg::threads, RowsShared<Cfg>::bytes, p.stream, p, static_cast<const void*>(s.boundary),

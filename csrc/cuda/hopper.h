@@ -18,8 +18,12 @@ void hopper_forward(const ForwardParams& p, void* boundary, const int* cut = nul
 // What depends on the gates alone: a GateImage (core/hopper.cuh) for each chunk and key/value head.
 int64_t hopper_gates_bytes(const Params& p);
 void hopper_gates(const Params& p, void* images);
-// After hopper_gates: cut [N, H], whether any chunk has several windows, and the boundary states (nullptr: not made).
-void hopper_states(const Params& p, const void* images, void* boundary, int* cut);
+// After hopper_gates: cut [N, H], whether any chunk has several windows; the boundary states (nullptr: not made), and with them the final states. The sequences and
+// heads that are cut are walked, o and all; p.o.ptr == nullptr: states only.
+void hopper_states(const ForwardParams& p, const void* images, void* boundary, int* cut);
+
+// After hopper_states: o of the others.
+void hopper_output(const ForwardParams& p, const void* boundary, const void* images, const int* cut);
 
 int64_t hopper_backward_workspace(const Params& p);
 void hopper_backward(const BackwardParams& p);

@@ -56,17 +56,17 @@ void hopper_backward(const BackwardParams& whole) {
     const Plan plan(p);
     char* base = static_cast<char*>(p.workspace);
     void* boundary = p.boundary ? p.boundary : base + plan.boundary;
+    ForwardParams states_only{};
+    static_cast<Params&>(states_only) = p;
     if (hopper_fuses(p)) {
-      ForwardParams f{};
-      static_cast<Params&>(f) = p;
-      if (!p.boundary) hopper_forward(f, boundary);
+      if (!p.boundary) hopper_forward(states_only, boundary);
       hopper_fused(p, boundary);
       continue;
     }
     const BackwardWorkspace w{base + plan.gates, base + plan.saved, base + plan.E0, reinterpret_cast<float*>(base + plan.edge),
                               reinterpret_cast<int*>(base + plan.cut)};
     hopper_gates(p, w.gates);
-    hopper_states(p, w.gates, p.boundary ? nullptr : boundary, w.cut);
+    hopper_states(states_only, w.gates, p.boundary ? nullptr : boundary, w.cut);
     hopper_queries(p, boundary, w);
     hopper_cotangents(p, boundary, w);
     hopper_keys(p, w);

@@ -232,9 +232,9 @@ bool hopper_takes(const Params& p) {
   return aligned(p.q) && aligned(p.k) && aligned(p.v) && pairs(p, p.g) && pairs(p, p.s);
 }
 
-// With few blocks the portable kernels, which cut a sequence into chunks, use more of the GPU.
+// With few blocks the parts, which cut a sequence into chunks, use more of the GPU.
 bool hopper_walks(const Params& p) {
-  if (!hopper_takes(p)) return false;
+  if (!hopper_takes(p) || wanted_kernels() == Kernels::parts) return false;
   const int64_t blocks = p.N * p.HQ, at_once = hopper_multiprocessors();
   return wanted_kernels() == Kernels::hopper || blocks * 10 >= ceil_div(blocks, at_once) * at_once * 7;
 }

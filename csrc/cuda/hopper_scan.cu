@@ -176,14 +176,11 @@ void scan(const BackwardParams& p, const Ends& ends, void* boundary, const Backw
 
 }  // namespace
 
-void hopper_states(const Params& p, const void* images, void* boundary, int* cut) {
+void hopper_states(const ForwardParams& p, const void* images, void* boundary, int* cut) {
   BackwardParams b{};
   static_cast<Params&>(b) = p;
-  scan<false>(b, {{p.hk0, p.hv0}, {}, p.h0_broadcast}, boundary, {const_cast<void*>(images), nullptr, nullptr, nullptr, cut});
-  if (!boundary) return;
-  ForwardParams f{};
-  static_cast<Params&>(f) = p;
-  hopper_forward(f, boundary, cut);
+  scan<false>(b, {{p.hk0, p.hv0}, {p.hkT, p.hvT}, p.h0_broadcast}, boundary, {const_cast<void*>(images), nullptr, nullptr, nullptr, cut});
+  if (boundary) hopper_forward(p, boundary, cut);
 }
 
 void hopper_cotangents(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w) {
