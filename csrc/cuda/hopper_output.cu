@@ -36,7 +36,7 @@ struct OutputShared {
 static_assert(sizeof(OutputShared<bf16, 128>) <= 113 * 1024);
 
 // x of half of the slots, rows over those of both: exp2(c x) over its sum.
-__device__ inline void softmax_of_halves(float (&x)[4][4], float c, int M, float (&sums)[2][64], int half, int row) {
+[[maybe_unused]] __device__ inline void softmax_of_halves(float (&x)[4][4], float c, int M, float (&sums)[2][64], int half, int row) {
   float top[2], sum[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
