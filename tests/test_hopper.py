@@ -1,4 +1,4 @@
-"""The fused kernels for Hopper at shapes that GSA_KERNELS=hopper sends to them; by themselves they take only what fills the GPU."""
+"""The kernels for Hopper, as walks through whole sequences and in parts: by itself a call is one or the other, by its number of heads."""
 
 import itertools
 
@@ -13,32 +13,38 @@ pytestmark = pytest.mark.usefixtures("poisoned", "hopper")
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
-@pytest.fixture
-def hopper(cuda, monkeypatch):
+@pytest.fixture(params=["hopper", "parts"])
+def hopper(request, cuda, monkeypatch):
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("not a Hopper GPU")
-    monkeypatch.setenv("GSA_KERNELS", "hopper")
+    monkeypatch.setenv("GSA_KERNELS", request.param)
+
+
+in_parts = pytest.mark.parametrize("hopper", ["parts"], indirect=True)
 
 
 def kernels_of(f) -> set[str]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         f()
         torch.cuda.synchronize()
-    return {event.name for event in profile.events() if "kernel" in event.name or "chunk" in event.name}
+    return {event.name for event in profile.events()}
 
 
+@in_parts
 def test_the_environment_decides(cuda, monkeypatch):
-    """Few heads go to the portable kernels, many to these; GSA_KERNELS overrules it."""
+    """Few heads go in parts, many walk; GSA_KERNELS overrules it."""
     few, many = make_inputs(1, 64, 2, dtype=BF16, device=cuda), make_inputs(4, 64, 33, dtype=BF16, device=cuda)
+    ways = {"parts": {"output_kernel", "keys_kernel"}, "hopper": {"forward_kernel", "fused_kernel"}, "portable": {"chunk_output", "backward_keys"}}
 
-    def fused(x):
-        return any("forward_kernel" in name for name in kernels_of(lambda: chunk_gsa(**x)))
+    def way(x):
+        names = kernels_of(lambda: testing.results(chunk_gsa, x))
+        return next(way for way, needed in ways.items() if all(any(kernel in name for name in names) for kernel in needed))
 
-    assert fused(few) and fused(many)
-    monkeypatch.setenv("GSA_KERNELS", "portable")
-    assert not fused(few) and not fused(many)
+    for name in ways:
+        monkeypatch.setenv("GSA_KERNELS", name)
+        assert way(few) == way(many) == name
     monkeypatch.delenv("GSA_KERNELS")
-    assert not fused(few) and fused(many)
+    assert (way(few), way(many)) == ("parts", "hopper")
 
 
 @pytest.mark.parametrize("gate", ["zero", 8.0, 1.0, 0.1, "mixed", "-40", "-inf", "shut"])
@@ -91,45 +97,39 @@ def test_wide_gates_beside_narrow_inputs(cuda):
         check(chunk_gsa, make_inputs(1, 70, 2, 1, 64, 64, 16, mode=mode, dtype=BF16, gate_dtype=torch.float32, initial_state=True, device=cuda))
 
 
-def test_same_bits_again_and_at_any_checkpoint_level(cuda):
-    for gate in (8.0, 0.1):
-        x = make_inputs(2, 200, 4, 2, 128, 128, 64, gate=gate, dtype=BF16, device=cuda, initial_state=True)
-        runs = [testing.results(lambda **y: chunk_gsa(**y, checkpoint_level=level), x) for level in (2, 2, 0)]  # noqa: B023
-        for name, other in itertools.product(runs[0], runs[1:]):
-            assert torch.equal(runs[0][name], other[name]), name
-
-
-@pytest.fixture
-def automatic(hopper, monkeypatch):
-    """What a few heads get by themselves: backward in parts, the chunks beside each other."""
-    monkeypatch.delenv("GSA_KERNELS")
-
-
-@pytest.mark.parametrize("mode", ["coupled", "given"])
-@pytest.mark.parametrize("gate", [8.0, 0.1, "-inf", "shut"])
-@pytest.mark.parametrize("dtype,D,r", [(BF16, 64, 1), (BF16, 128, 1), (BF16, 64, 3), (BF16, 128, 4), (FP16, 128, 2)])
-def test_backward_in_parts(dtype, D, r, gate, mode, cuda, automatic):
-    x = make_inputs(2, 150, 2 * r, 2, D, D, 40, mode=mode, gate=gate, dtype=dtype, device=cuda, initial_state=True)
-    assert any("keys_kernel" in name for name in kernels_of(lambda: testing.results(chunk_gsa, x)))
-    check(chunk_gsa, x)
-
-
 @pytest.mark.parametrize("r", [1, 3])
-@pytest.mark.parametrize("D", [64, 128])
-def test_strong_gates_in_one_head_of_one_sequence(D, r, cuda, automatic):
-    """Only that head leaves the parts that work on whole chunks; many heads of a block, and half of the sequences at a time."""
-    x = make_inputs(4, 130, 16 * r, 16, D, D, 64, mode="given", dtype=BF16, device=cuda, initial_state=True)
-    x["g"][1, 70:, 3] *= 200
-    check(chunk_gsa, x)
-
-
-@pytest.mark.parametrize("r", [1, 3])
-def test_parts_same_bits_at_any_checkpoint_level(r, cuda, automatic):
+def test_same_bits_again_and_at_any_checkpoint_level(r, cuda):
     for gate in (8.0, 0.1):
         x = make_inputs(2, 200, 2 * r, 2, 128, 128, 64, gate=gate, dtype=BF16, device=cuda, initial_state=True)
         runs = [testing.results(lambda **y: chunk_gsa(**y, checkpoint_level=level), x) for level in (2, 2, 0)]  # noqa: B023
         for name, other in itertools.product(runs[0], runs[1:]):
             assert torch.equal(runs[0][name], other[name]), name
+
+
+@in_parts
+@pytest.mark.parametrize("mode", ["coupled", "given"])
+@pytest.mark.parametrize("gate", [8.0, 0.1, "-inf"])
+@pytest.mark.parametrize("dtype,D,r", [(BF16, 64, 1), (BF16, 128, 1), (BF16, 64, 3), (BF16, 128, 4), (FP16, 128, 2)])
+def test_groups_of_heads(dtype, D, r, gate, mode, cuda):
+    check(chunk_gsa, make_inputs(2, 150, 2 * r, 2, D, D, 48, mode=mode, gate=gate, dtype=dtype, device=cuda, initial_state=True))
+
+
+@in_parts
+@pytest.mark.parametrize("D,r", [(64, 4), (128, 1), (128, 3)])
+def test_a_block_for_all_heads_of_a_group(D, r, cuda):
+    """Where there are chunks enough for the GPU, a block has the query heads of its group one after the other."""
+    x = make_inputs(91, 70, 4 * r, 4, D, D, 16, mode="given", dtype=BF16, device=cuda, initial_state="broadcast")
+    x["g"][1, 66:, 3] *= 200
+    check(chunk_gsa, x)
+
+
+@pytest.mark.parametrize("r", [1, 3])
+@pytest.mark.parametrize("D", [64, 128])
+def test_strong_gates_in_one_head_of_one_sequence(D, r, cuda):
+    """Only that head leaves the parts that work on whole chunks; half of the sequences at a time."""
+    x = make_inputs(4, 130, 16 * r, 16, D, D, 64, mode="given", dtype=BF16, device=cuda, initial_state=True)
+    x["g"][1, 70:, 3] *= 200
+    check(chunk_gsa, x)
 
 
 def test_slices_of_a_fused_projection(cuda):

@@ -8,8 +8,6 @@
 //
 // A block has one chunk of one query head, a warp 16 of its rows; A1, o1, p, A2 never leave registers. Diagonals (j = i) are added in fp32.
 // Shared memory: core/tile_io.cuh, RowsShared.
-#include <algorithm>
-
 #include "core/scan.cuh"
 #include "core/select.cuh"
 #include "core/tile_io.cuh"
@@ -121,29 +119,6 @@ StatePlan state_plan(const Params& p) {
 
 int64_t states_workspace(const Params& p) { return state_plan(p).bytes; }
 
-// The forward walk for Hopper knows no pool. It has states of its own; every query head of a group starts from them by itself, so with groups what it writes
-// is apart from what it reads.
-struct Beside {
-  float *hk, *hv, *hkT, *hvT;
-  static int64_t floats(const Params& p) { return p.state_indices ? p.N * p.H * (p.K + p.V) * p.M * (p.HQ > p.H ? 2 : 1) : 0; }
-  explicit Beside(const Params& p) : hk(static_cast<float*>(p.workspace)), hv(hk + p.N * p.H * p.K * p.M), hkT(hk), hvT(hv) {
-    const int64_t size = p.N * p.H * (p.K + p.V) * p.M;
-    if (p.HQ > p.H) hkT += size, hvT += size;
-  }
-};
-
-// What a group of query heads shares. Backward may find the boundary states here or make them again: by the same kernels, to the bit.
-bool shares_gates(const Params& p) { return hopper_takes(p) && !hopper_fuses(p) && (p.boundary || hopper_walks(p)); }
-int64_t gates_workspace(const Params& p) { return shares_gates(p) ? arena(hopper_gates_bytes(p), 1) + p.N * p.H * 4 : 0; }
-
-int64_t forward_workspace(const Params& p) {
-  if (!hopper_takes(p)) return states_workspace(p);
-  if (hopper_walks(p)) return Beside::floats(p) * 4 + gates_workspace(p);
-  Params without = p;
-  without.boundary = nullptr;
-  return std::max(states_workspace(without), gates_workspace(p));
-}
-
 States forward_states(const Params& p, void* hkT, void* hvT, bool recompute) {
   char* base = static_cast<char*>(p.workspace);
   const StatePlan at = state_plan(p);
@@ -167,27 +142,67 @@ States forward_states(const Params& p, void* hkT, void* hvT, bool recompute) {
   return s;
 }
 
+namespace {
+
+// The kernels for Hopper know no pool: what they start from and leave is beside it. In the walk every query head of a group starts from it by itself, so with
+// groups what is written is apart from what is read.
+struct Beside {
+  float *hk, *hv, *hkT, *hvT;
+  static int64_t floats(const Params& p) { return p.state_indices ? p.N * p.H * (p.K + p.V) * p.M * (p.HQ > p.H ? 2 : 1) : 0; }
+  explicit Beside(const Params& p) : hk(static_cast<float*>(p.workspace)), hv(hk + p.N * p.H * p.K * p.M), hkT(hk), hvT(hv) {
+    const int64_t size = p.N * p.H * (p.K + p.V) * p.M;
+    if (p.HQ > p.H) hkT += size, hvT += size;
+  }
+};
+
+// The workspace after that. A group of query heads shares its gates, parts need them for every chunk; the states are made as backward would make them again,
+// which may find them kept.
+struct HopperPlan {
+  bool walks, images;
+  int64_t cut, states, bytes;   // offsets; the images are at 0
+  explicit HopperPlan(const Params& p) : walks(hopper_walks(p)), images(!hopper_fuses(p)) {
+    const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, chunk_length(p.q.dtype, p.math, p.M));
+    cut = images ? arena(hopper_gates_bytes(p), 1) : 0;
+    states = cut + (images && walks ? arena(p.N * p.H, 4) : 0);
+    bytes = states + (walks || p.boundary ? 0 : arena(slots * p.H * (p.K + p.V) * p.M, 2));
+  }
+};
+
+void forward_for_hopper(const ForwardParams& p) {
+  const HopperPlan at(p);
+  char* const images = static_cast<char*>(p.workspace);
+  if (!at.images) return hopper_forward(p, p.boundary);
+  hopper_gates(p, images);
+  if (!at.walks) {
+    void* const states = p.boundary ? p.boundary : images + at.states;
+    hopper_states(p, images, states);
+    return hopper_output(p, states, images);
+  }
+  if (p.boundary) {
+    ForwardParams states_only{};
+    static_cast<Params&>(states_only) = p;
+    hopper_states(states_only, images, p.boundary);
+  }
+  hopper_forward(p, nullptr, images, reinterpret_cast<int*>(images + at.cut));
+}
+
+}  // namespace
+
+int64_t forward_workspace(const Params& p) { return hopper_takes(p) ? Beside::floats(p) * 4 + HopperPlan(p).bytes : states_workspace(p); }
+
 void chunk_forward(const ForwardParams& p) {
   require_device();
-  ForwardParams x = p;
-  char* images = nullptr;
-  int* cut = nullptr;
-  if (shares_gates(p)) {
-    images = static_cast<char*>(p.workspace) + (hopper_walks(p) ? Beside::floats(p) * 4 : 0);
-    cut = reinterpret_cast<int*>(images + arena(hopper_gates_bytes(p), 1));
-    hopper_gates(p, images);
-    if (p.boundary) hopper_states(p, images, p.boundary, cut);
-    x.boundary = nullptr;
-  }
-  if (hopper_walks(p)) {
-    if (!p.state_indices) return hopper_forward(x, x.boundary, cut, images);
+  if (hopper_takes(p)) {
+    if (!p.state_indices) return forward_for_hopper(p);
     const Beside own(p);
+    ForwardParams x = p;
     x.hk0 = own.hk, x.hv0 = own.hv, x.hkT = own.hkT, x.hvT = own.hvT, x.state_indices = nullptr;
+    x.workspace = own.hk + Beside::floats(p);
     states_from_pool(p, own.hk, own.hv);
-    hopper_forward(x, x.boundary, cut, images);
+    forward_for_hopper(x);
     return states_to_pool(p, own.hkT, own.hvT);
   }
-  const States s = forward_states(x, p.hkT, p.hvT, true);
+  const States s = forward_states(p, p.hkT, p.hvT, true);
   select_config(p, [&]<class Cfg>() {
     const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, Cfg::C);
     launch("chunk_output", chunk_output<Cfg>, slots * p.HQ, Cfg::threads, RowsShared<Cfg>::bytes, p.stream, p, static_cast<const void*>(s.boundary),

@@ -11,15 +11,17 @@ bool hopper_walks(const Params& p);
 // Whether the backward walk (hopper_fused) does, too: each query head has keys and values of its own.
 inline bool hopper_fuses(const Params& p) { return p.HQ == p.H && hopper_walks(p); }
 
-// The forward walk. boundary: the states before each chunk are written there; nullptr: not kept. p.o.ptr == nullptr: states only. images: of hopper_gates,
-// which take less time than making the same gates for every query head; then cut [N, H] is written. Else only sequences and heads where it is not 0; nullptr: all.
-void hopper_forward(const ForwardParams& p, void* boundary, int* cut = nullptr, const void* images = nullptr);
+// The forward walk. boundary: the states before each chunk are written there; nullptr: not kept. p.o.ptr == nullptr: states only. images: of hopper_gates, which
+// take less time than making the same gates for every query head; with them `cut`, room for [N, H] numbers. nullptr: made here.
+void hopper_forward(const ForwardParams& p, void* boundary, const void* images = nullptr, int* cut = nullptr);
 
 // What depends on the gates alone: a GateImage (core/hopper.cuh) for each chunk and key/value head.
 int64_t hopper_gates_bytes(const Params& p);
 void hopper_gates(const Params& p, void* images);
-// After hopper_gates: cut [N, H], whether any chunk has several windows, and the boundary states (nullptr: not made).
-void hopper_states(const Params& p, const void* images, void* boundary, int* cut);
+// After hopper_gates: the boundary states, and the final states that p asks for.
+void hopper_states(const ForwardParams& p, const void* images, void* boundary);
+// After hopper_states: o.
+void hopper_output(const ForwardParams& p, const void* boundary, const void* images);
 
 int64_t hopper_backward_workspace(const Params& p);
 void hopper_backward(const BackwardParams& p);
@@ -27,12 +29,11 @@ void hopper_backward(const BackwardParams& p);
 // Where hopper_fuses, in one kernel after the forward walk.
 void hopper_fused(const BackwardParams& p, const void* boundary);
 
-// Else in parts, after hopper_gates and hopper_states, in this order. hopper_windows does what hopper_cotangents and hopper_keys leave: sequences and heads with
-// a chunk of several windows. The workspace is what the parts leave for each other (Backward, core/hopper.cuh).
+// Else in parts, after hopper_gates and hopper_states, in this order. hopper_windows does what hopper_keys leaves: chunks of several windows. The workspace is what
+// the parts leave for each other (Backward, core/hopper.cuh).
 struct BackwardWorkspace {
   void *gates, *saved, *E0;
   float* edge;
-  int* cut;
 };
 void hopper_queries(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w);
 void hopper_cotangents(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w);

@@ -9,7 +9,7 @@ namespace {
 int slices(const Params& p) { return !hopper_fuses(p) && !p.cu_seqlens && p.N % 2 == 0 && p.N * p.H >= 64 ? 2 : 1; }
 
 struct Plan {
-  int64_t boundary = 0, gates = 0, cut = 0, saved = 0, E0 = 0, edge = 0, bytes = 0;
+  int64_t boundary = 0, gates = 0, saved = 0, E0 = 0, edge = 0, bytes = 0;
   explicit Plan(const Params& p) {
     auto take = [&](int64_t n) {
       const int64_t at = bytes;
@@ -20,7 +20,6 @@ struct Plan {
     if (!p.boundary) boundary = take(chunks * (p.K + p.V) * p.M * 2);
     if (hopper_fuses(p)) return;
     gates = take(hopper_gates_bytes(p));
-    cut = take(p.N * p.H * 4);
     saved = take(slots * p.HQ * static_cast<int64_t>(sizeof(hopper::Saved<half>)));
     E0 = take(chunks * 3 * 64 * p.K * 2);
     edge = take(chunks * 2 * p.K * 4);
@@ -56,17 +55,16 @@ void hopper_backward(const BackwardParams& whole) {
     const Plan plan(p);
     char* base = static_cast<char*>(p.workspace);
     void* boundary = p.boundary ? p.boundary : base + plan.boundary;
+    ForwardParams states_only{};
+    static_cast<Params&>(states_only) = p;
     if (hopper_fuses(p)) {
-      ForwardParams f{};
-      static_cast<Params&>(f) = p;
-      if (!p.boundary) hopper_forward(f, boundary);
+      if (!p.boundary) hopper_forward(states_only, boundary);
       hopper_fused(p, boundary);
       continue;
     }
-    const BackwardWorkspace w{base + plan.gates, base + plan.saved, base + plan.E0, reinterpret_cast<float*>(base + plan.edge),
-                              reinterpret_cast<int*>(base + plan.cut)};
+    const BackwardWorkspace w{base + plan.gates, base + plan.saved, base + plan.E0, reinterpret_cast<float*>(base + plan.edge)};
     hopper_gates(p, w.gates);
-    hopper_states(p, w.gates, p.boundary ? nullptr : boundary, w.cut);
+    if (!p.boundary) hopper_states(states_only, w.gates, boundary);
     hopper_queries(p, boundary, w);
     hopper_cotangents(p, boundary, w);
     hopper_keys(p, w);

@@ -82,7 +82,7 @@ __device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary
       else last = w.last;
       if (!values && outputs) {
         float o[8][4], d[2];
-        scores<E, D, true>(o, d, m.q[tokens.i], x, tile, w, warp);
+        scores<E, D, true>(o, d, m.q[tokens.i], x, tile, w.S[0], w.in, warp);
         scale_by_R(o, w, warp);
         softmax(o, static_cast<float>(p.scale) * 1.4426950408889634f, p.M);
         scale_by_R(o, w, warp);
@@ -259,13 +259,13 @@ bool hopper_takes(const Params& p) {
   return aligned(p.q) && aligned(p.k) && aligned(p.v) && pairs(p, p.g) && pairs(p, p.s);
 }
 
-// With few blocks the portable kernels, which cut a sequence into chunks, use more of the GPU.
+// With few blocks the parts, which cut a sequence into chunks, use more of the GPU.
 bool hopper_walks(const Params& p) {
-  if (!hopper_takes(p)) return false;
+  if (!hopper_takes(p) || wanted_kernels() == Kernels::parts) return false;
   const int64_t blocks = p.N * p.HQ, at_once = hopper_multiprocessors();
   return wanted_kernels() == Kernels::hopper || blocks * 10 >= ceil_div(blocks, at_once) * at_once * 7;
 }
-void hopper_forward(const ForwardParams& p, void* boundary, int* cut, const void* images) {
+void hopper_forward(const ForwardParams& p, void* boundary, const void* images, int* cut) {
   select_hopper(p, [&]<class E, int D>() {
     auto run = [&]<bool brought>() {
       launch("hopper_forward", forward_kernel<E, D, brought>, p.N * p.HQ, 512, sizeof(ForwardShared<E, D, brought>), p.stream, p, static_cast<E*>(boundary),

@@ -105,7 +105,7 @@ __device__ __forceinline__ void fused_side(const BackwardParams& p, FusedShared<
 
       // o: scores without the diagonal; d s: the diagonal of theirs.
       float o[8][4], y[8][4], d[2];
-      scores<E, D, false>(o, d, A, B, H, w, warp);
+      scores<E, D, false>(o, d, A, B, H, w.S[0], w.in, warp);
       float s[8][4];
       {
         const float* R = w.R + row * ldr + col;

@@ -1,5 +1,6 @@
 // Chunked forward and backward for Hopper (sm_90a): what of a chunk depends on its gates alone (GateImage, core/hopper.cuh), made once for all kernels that need
-// it. One block for each chunk and key/value head. A chunk that has to be cut into several windows only says so.
+// it. One block for each chunk and key/value head. Of a chunk that has to be cut into several windows, what the scans over chunks need, relative to its end:
+//     S_j = s_j exp(G_end - G_j)       in = exp(G_end) of the whole chunk       out = 1
 #include "core/hopper.cuh"
 #include "core/select.cuh"
 #include "hopper.h"
@@ -25,23 +26,40 @@ __global__ __launch_bounds__(kThreads, 4) void gates_kernel(const __grid_constan
   auto& m = *reinterpret_cast<GatesShared<E>*>(memory);
   const int head = blockIdx.x % p.H;
   Chunk c;
-  if (!find_chunk(p, blockIdx.x / p.H, kChunk, c)) return;
-  GateImage<E>& image = images[c.slot * p.H + head];
+  GateImage<E>& image = images[blockIdx.x];
+  if (!find_chunk(p, blockIdx.x / p.H, kChunk, c)) {
+    if (threadIdx.x == 0) image.cut = 0;
+    return;
+  }
   GateMaker<E, 8> gates(m.scratch, threadIdx.x, 1);
   gates.load(p, c, head);
   float before[2], total[2];
   gates.sums(0, c.length, before, total);
   const bool cut = !gates.safe(total) && gates.cut(c.length) != 1;
   if (threadIdx.x == 0) image.cut = cut;
-  if (cut) return;
-  if (gates.warp == 0) gates.store_edges(image.start, image.in, image.out, total);
-  gates.make(0, c.length, before, total);
-  gates.store_tiles(m.S[0], m.R);
+  if (cut) {
+    const float2 decay = gates.to_end(c.length, [&](int i, float x, float y) { gates.s[i][0] *= x, gates.s[i][1] *= y; });
+    if (gates.warp == 0) {
+      *reinterpret_cast<float2*>(image.in + 2 * gates.lane) = decay;
+      *reinterpret_cast<float2*>(image.out + 2 * gates.lane) = make_float2(1.f, 1.f);
+    }
+    const uint32_t to = gates.first_S(m.S[0]), piece = gates.piece_S();
+#pragma unroll
+    for (int i = 0; i < 8; ++i) gates.store_S(to, piece, i);
+  } else {
+    if (gates.warp == 0) gates.store_edges(image.start, image.in, image.out, total);
+    gates.make(0, c.length, before, total);
+    gates.store_tiles(m.S[0], m.R);
+  }
   publish();
   __syncthreads();
   if (threadIdx.x == 0) {
     bulk_store(image.S, m.S, sizeof(image.S));
     bulk_commit();
+  }
+  if (cut) {
+    if (threadIdx.x == 0) bulk_wait();
+    return;
   }
   const int tid = threadIdx.x % 128, row = tid / 32 * 16 + frag_row(), half = threadIdx.x / 128;
 #pragma unroll

@@ -1,4 +1,4 @@
-// Chunked backward for Hopper (sm_90a), last part: the gradients of k, v, s and g. One block for each chunk and key/value head, first its keys, then its
+// Chunked backward for Hopper (sm_90a), last part: the gradients of k, v, s and g. A chunk of several windows is left to hopper_windows.cu. One block for each chunk and key/value head, first its keys, then its
 // values; S, R are those of hopper_gates.cu, Y (Yk, Yv) and e of hopper_queries.cu, E and the edges of hopper_scan.cu.
 //
 //                            keys                               values
@@ -47,10 +47,10 @@ __global__ __launch_bounds__(kThreads, 2) void keys_kernel(const __grid_constant
   const int head = blockIdx.x % p.H;
   Chunk c;
   if (!find_chunk(p, blockIdx.x / p.H, kChunk, c)) return;
-  const bool cut = w.cut[c.seq.n * p.H + head];
   const int half = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   const int64_t at = c.slot * p.H + head;
   const GateImage<E>& image = w.gates[at];
+  const bool cut = w.gates[kept(static_cast<int>(at))].cut;
   auto& m = *reinterpret_cast<KeysShared<E, D>*>(memory);
   if (threadIdx.x == 0) {
     init(&m.full, 1);
@@ -239,7 +239,7 @@ __global__ __launch_bounds__(kThreads, 2) void keys_kernel(const __grid_constant
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           x[e] = dg[t][2 * h + e] + diagonal[t][e];
-          if (j == 0 && image.start[col + t * 8 + e] == 0.f) x[e] = 0.f;           // a reset forgets whatever the gate would have changed
+          if (j == 0 && image.start[col + t * 8 + e] == 0.f) x[e] = 0.f;  // a reset forgets whatever the gate would have changed
           if (coupled) x[e] -= (1.f - s[t][2 * h + e]) * inner[t][2 * h + e];  // s = 1 - exp(g)
         }
         if (half * 32 + t * 8 < p.M) {

@@ -41,36 +41,6 @@ struct QueriesShared {
 };
 static_assert(sizeof(QueriesShared<bf16, 128>) <= 113 * 1024);
 
-// Columns 32 half .. + 31 of o = exp(ref) (a H) + X S, X = tril(a b^T) without its diagonal, which is d.
-template <class E, int D>
-__device__ __forceinline__ void half_scores(float (&o)[4][4], float (&d)[2], const E* a, const E* b, const E* H, const E* S, const float* in, int half,
-                                            int warp) {
-  float x[8][4];
-  hand_over(x);
-  hand_over(o);
-  products_begin();
-  product<E, D / 16, 0, 0>(x, kmajor(a), kmajor(b), false);
-  products_commit();
-  product<E, D / 16, 0, 1>(o, kmajor(a), mnmajor(H + half * 32), false);
-  products_commit();
-  products_wait<1>();
-  hand_over(x);
-  diagonal_of(d, x, warp);
-  keep<true, 1>(x, warp);
-  const auto X = split<E>(x);
-  products_wait<0>();
-  hand_over(o);
-  scale_columns(o, in + half * 32);
-  hand_over(o);
-  products_begin();
-  product<E, 1>(o, X.hi, mnmajor(S + half * 32));
-  product<E, 1>(o, X.lo, mnmajor(S + half * 32));
-  product<E, 1>(o, X.hi, mnmajor(S + kTile + half * 32));
-  products_commit();
-  products_wait<0>();
-  hand_over(o);
-}
-
 template <class E, int D>
 __global__ __launch_bounds__(kThreads, 2) void queries_kernel(const __grid_constant__ BackwardParams p, const E* boundary,
                                                               const __grid_constant__ Backward<E> w, int heads) {
@@ -88,13 +58,9 @@ __global__ __launch_bounds__(kThreads, 2) void queries_kernel(const __grid_const
   const int row = warp * 16 + frag_row(), col = half * 32 + frag_col();
   const float scale = static_cast<float>(p.scale);
 
-  GateMaker<E, 8> gates(*reinterpret_cast<typename GateMaker<E, 8>::Scratch*>(m.S[1]), threadIdx.x, 1);
-  auto load_states = [&] {
-#pragma unroll 1
-    for (int side = 0; side < 2; ++side) load_state<D, kThreads>(m.H[side], boundary + ((c.slot * p.H + head) * 2 + side) * int64_t(D) * p.M, p.M, threadIdx.x);
-  };
+  const E* const states = boundary + (c.slot * p.H + head) * 2 * int64_t(D) * p.M;
   // Everything is on its way before anything is waited for.
-  const GateImage<E>& image = w.gates[c.slot * p.H + head];
+  GateImage<E>& image = w.gates[c.slot * p.H + head];
   const bool cut = image.cut;
   if (threadIdx.x == 0) {
     init(&m.S_full, 1);
@@ -102,7 +68,7 @@ __global__ __launch_bounds__(kThreads, 2) void queries_kernel(const __grid_const
   }
   load_tokens<D, kThreads>(m.A[0], rows_of(p.q, c, first_head), c.length, threadIdx.x);
   load_tokens<D, kThreads>(m.B[0], rows_of(p.k, c, head), c.length, threadIdx.x);
-  load_states();
+  for (int side = 0; side < 2; ++side) load_state<D, kThreads>(m.H[side], states + side * int64_t(D) * p.M, p.M, threadIdx.x);
   cp_async_commit();
   load_tokens<D, kThreads>(m.A[1], rows_of(p.d_o, c, first_head), c.length, threadIdx.x);
   load_tokens<D, kThreads>(m.B[1], rows_of(p.v, c, head), c.length, threadIdx.x);
@@ -115,7 +81,6 @@ __global__ __launch_bounds__(kThreads, 2) void queries_kernel(const __grid_const
     if (threadIdx.x < kSlots) m.in[threadIdx.x] = image.in[threadIdx.x];
   }
   __syncthreads();
-  uint64_t starts = 0;
   for (int begin = 0, end = c.length; begin < c.length; begin = end) {
     float R[4][4];
     if (!cut) {
@@ -126,41 +91,13 @@ __global__ __launch_bounds__(kThreads, 2) void queries_kernel(const __grid_const
       }
       wait(&m.S_full, 0);
     } else {
-      float before[2], total[2];
-      gates.load(p, c, head);
-      if (!starts) {
-        gates.sums(0, c.length, before, total);
-        starts = gates.cut(c.length);
-      }
-      const uint64_t later = begin == 63 ? 0 : starts & ~((2ull << begin) - 1);
-      end = later ? __ffsll(later) - 1 : c.length;
-      gates.sums(begin, end, before, total);
       const Advance<E> advance{before_window.S, before_window.decay};
-      if (begin > 0) {
-        load_states();
-        cp_async_commit();
-      }
-      cp_async_wait_for<0>();
-      if (begin > 0) advance.write(gates, begin);
-      if (gates.warp == 0) gates.store_edges(nullptr, m.in, nullptr, total);
-      __syncthreads();  // S[1] has S from here on
-      gates.make(begin, end, before, total);
-      float* R_tile = reinterpret_cast<float*>(m.A[1]);
-      gates.store_tiles(m.S[0], R_tile);
-      publish();
-      __syncthreads();
-      if (begin > 0) {
-#pragma unroll 1
-        for (int d = warp * 16; d < D; d += 64) advance.apply(m.H[half], m.B[half], d);
-        publish();
-      }
-#pragma unroll
-      for (int t = 0; t < 4; ++t)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const float2 x = *reinterpret_cast<const float2*>(R_tile + R_at(row + 8 * h, col + t * 8));
-          R[t][2 * h] = x.x, R[t][2 * h + 1] = x.y;
-        }
+      float* const R_tile = reinterpret_cast<float*>(m.A[1]);
+      end = make_window<E, D>(p, blockIdx.x / turns / p.H, head, begin, advance, R_tile, m.S[0], m.in, m.H[0], m.B[0], m.B[1], states);
+      load_R(R, R_tile, row, col);
+      if (first_head == head * r)  // for the cotangents' scan
+        for (int i = threadIdx.x; i < (end - begin) * kSlots; i += kThreads)
+          image.R[begin * kSlots + i] = m.in[i % kSlots] * (begin ? advance.decay[i % kSlots] : 1.f);
     }
 
 #pragma unroll 1
@@ -178,11 +115,11 @@ __global__ __launch_bounds__(kThreads, 2) void queries_kernel(const __grid_const
       publish();
       __syncthreads();
       float o[4][4], dp[4][4], d[2], b[2];
-      half_scores<E, D>(o, d, m.A[0], m.B[0], m.H[0], m.S[0], m.in, half, warp);
+      scores<E, D, false>(o, d, m.A[0], m.B[0], m.H[0] + half * 32, m.S[0] + half * 32, m.in + half * 32, warp);
       cp_async_wait_for<0>();
       publish();
       __syncthreads();
-      half_scores<E, D>(dp, b, m.A[1], m.B[1], m.H[1], m.S[0], m.in, half, warp);
+      scores<E, D, false>(dp, b, m.A[1], m.B[1], m.H[1] + half * 32, m.S[0] + half * 32, m.in + half * 32, warp);
 
       // softmax, and <p, dp>, over both halves
       float y[4][4], s[4][4], top[2], sum[2], dot[2];
@@ -273,20 +210,7 @@ __global__ __launch_bounds__(kThreads, 2) void queries_kernel(const __grid_const
         product<E, 4, 0, 0>(x, kmajor(m.A[0] + kTile), kmajor(m.S[0]), true);
         product<E, 4, 0, 0>(x, kmajor(m.A[0]), kmajor(m.S[1]), true);
         products_commit();
-        typename Arith<E>::template Op<64> Yref;
-        {
-          const uint32_t from = place(m.A[0], warp * 16 + (lane_id() & 15), 0) ^ (lane_id() >> 4 << 4);
-#pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            uint32_t hi[4], lo[4];
-            ldmatrix4<false>(hi, from ^ (k * 32)), ldmatrix4<false>(lo, (from ^ (k * 32)) + kTile * 2);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const float2 a = unpack<E>(hi[i]), b = unpack<E>(lo[i]), f = *reinterpret_cast<const float2*>(m.in + k * 16 + (i >> 1) * 8 + frag_col());
-              Yref.r[k][i] = pack<E>((a.x + b.x) * f.x, (a.y + b.y) * f.y);
-            }
-          }
-        }
+        const auto Yref = operand_times(m.A[0], m.in, warp);
         products_wait<0>();
         hand_over(x);
         keep<true, 0>(x, warp);

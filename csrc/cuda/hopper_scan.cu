@@ -7,8 +7,8 @@
 //     H <- exp(G_end - ref) (exp(ref) H + S^T X)                 dH <- exp(ref) (E + sum over the query heads of Y^T X)
 //     X: k, v                                                    X: q, d_o
 //
-// S and the two factors come from hopper_gates.cu, Y from hopper_queries.cu. A sequence with a chunk of several windows is left to hopper_forward.cu and
-// hopper_windows.cu. Tiles come three steps (a chunk and query head) ahead.
+// S and the two factors come from hopper_gates.cu, Y from hopper_queries.cu: of a chunk of several windows relative to each window's reference, so that here it is made
+// one relative to the chunk's beginning. Tiles come three steps (a chunk and query head) ahead.
 #include "core/hopper.cuh"
 #include "core/select.cuh"
 #include "hopper.h"
@@ -34,6 +34,20 @@ struct Ends {
   bool broadcast;
 };
 
+// A tile Y of a chunk of several windows: rows relative to each window's reference become relative to the chunk's beginning.
+template <class E>
+[[maybe_unused]] __device__ __noinline__ void from_the_beginning(E (&Y)[2][kTile], const float* factors, int64_t tokens) {
+  const int i = threadIdx.x / 2;
+  if (i < tokens)  // zero behind
+    for (int slot = threadIdx.x % 2 * 32, last = slot + 32; slot < last; slot += 2) {
+      uint32_t &hi = *reinterpret_cast<uint32_t*>(at(Y[0], i, slot)), &lo = *reinterpret_cast<uint32_t*>(at(Y[1], i, slot));
+      const float2 a = unpack<E>(hi), b = unpack<E>(lo), f = *reinterpret_cast<const float2*>(factors + i * kSlots + slot);
+      Arith<E>::split_pair((a.x + b.x) * f.x, (a.y + b.y) * f.y, hi, lo);
+    }
+  publish();
+  __syncthreads();
+}
+
 template <class E, int D, bool reverse>
 __global__ __launch_bounds__(kThreads, 2) void scan_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ Ends ends, E* boundary,
                                                            const __grid_constant__ Backward<E> w) {
@@ -46,15 +60,6 @@ __global__ __launch_bounds__(kThreads, 2) void scan_kernel(const __grid_constant
   Chunk c;
   c.seq = sequence<false>(p, n, kChunk);
   const int chunks = static_cast<int>(c.seq.chunks);
-  bool cut = false;
-  if (reverse) {
-    cut = w.cut[n * p.H + head];
-  } else {
-    for (int i = threadIdx.x; i < chunks; i += kThreads) cut |= w.gates[(c.seq.slot + i) * p.H + head].cut != 0;
-    cut = __syncthreads_or(cut);
-    if (threadIdx.x == 0 && side == 0 && slice == 0) w.cut[n * p.H + head] = cut;
-  }
-  if (cut || !boundary) return;
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), row = warp * 16 + frag_row();
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) init(m.full + i, 1);
@@ -99,56 +104,78 @@ __global__ __launch_bounds__(kThreads, 2) void scan_kernel(const __grid_constant
   load(0), load(1);
   int stage = 0;
   uint32_t parity = 0;
+  // What the chunk at a step is multiplied with; of the next one on its way before it is needed.
+  struct Factors {
+    float in[2], out[2];
+    int cut;
+  };
+  auto factors_of = [&](int step) {
+    const GateImage<E>& image = w.gates[(c.seq.slot + chunk_of(step)) * p.H + head];
+    return Factors{{image.in[row], image.in[row + 8]}, {image.out[row], image.out[row + 8]}, image.cut};
+  };
+  Factors next{};
+  if (steps > 0) next = factors_of(0);
 #pragma unroll 1
   for (int step = 0; step < steps;) {
     const int64_t slot = c.seq.slot + chunk_of(step), at = slot * p.H + head;
-    const GateImage<E>& gates = w.gates[at];
-    const float in[2] = {gates.in[row], gates.in[row + 8]}, out[2] = {gates.out[row], gates.out[row + 8]};
-    if (reverse) scale_rows(h, out[0], out[1]);
-    if (reverse && threadIdx.x == 0) bulk_wait();
-    __syncthreads();
-    if (reverse) {
-      const auto X = split<E>(h);
-      store_operand<E>(m.out[0], X.hi, warp);
-      if (side) store_operand<E>(m.out[1], X.lo, warp);
-      publish();
-    } else {
-      store_transposed<E>(m.out[0], h, warp);
-      scale_rows(h, in[0], in[1]);
-    }
-    __syncthreads();
-    if (!reverse) {
-      store_state<64>(state_of(slot), m.out[0], p.M, threadIdx.x);
-    } else if (threadIdx.x == 0) {
-      bulk_store(w.E0 + (at * 3 + side) * 64 * D + slice * kTile, m.out[0], kTile * 2);
-      if (side) bulk_store(w.E0 + (at * 3 + 2) * 64 * D + slice * kTile, m.out[1], kTile * 2);
-      bulk_commit();
-    }
+    const Factors f = next;
     const int first = step;
+    if (step + r < steps) next = factors_of(step + r);
+    E* const out = m.out[reverse ? 0 : step % 2];
+    if (reverse) {
+      scale_rows(h, f.out[0], f.out[1]);
+      if (threadIdx.x == 0) bulk_wait();
+      __syncthreads();
+      const auto X = split<E>(h);
+      store_operand<E>(out, X.hi, warp);
+      if (side) store_operand<E>(out + kTile, X.lo, warp);
+    } else {
+      store_transposed<E>(out, h, warp);
+      scale_rows(h, f.in[0], f.in[1]);
+    }
 #pragma unroll 1
     do {
       cp_async_wait_for<1>();
       wait(m.full + stage, parity);
       publish();
-      __syncthreads();  // and everybody is done with the stage before this one
-      load(step + 2);
-      if (reverse && step == first) {  // <H, dH>
-        float sum[2];
-        state_products(sum, m.H[step / r % kStages], h, warp);
-        sum[0] *= in[0], sum[1] *= in[1];
-        float* edge = w.edge + (at * 2 + side) * D + slice * 64;  // D / 64 parts of 64 slots
-        if ((lane_id() & 3) == 0) edge[row] = sum[0], edge[row + 8] = sum[1];
+      __syncthreads();  // `out` is whole, and everybody is done with the stage before this one
+      float before[8][4];
+      if (reverse && step == first) {
+#pragma unroll
+        for (int t = 0; t < 8; ++t)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) before[t][e] = h[t][e];
+        if (f.cut) scale_rows(h, f.in[0], f.in[1]);
       }
+      if (reverse && f.cut) from_the_beginning(m.Y[stage], w.gates[at].R, c.seq.length() - chunk_of(first) * int64_t(kChunk));
       hand_over(h);
       products_begin();
       product<E, 4, 1, 1>(h, mnmajor(m.Y[stage][0]), mnmajor(m.X[stage]), true);
       product<E, 4, 1, 1>(h, mnmajor(m.Y[stage][1]), mnmajor(m.X[stage]), true);
       products_commit();
+      if (step == first) {
+        if (!reverse) {
+          store_state<64>(state_of(slot), out, p.M, threadIdx.x);
+        } else if (threadIdx.x == 0) {
+          bulk_store(w.E0 + (at * 3 + side) * 64 * D + slice * kTile, out, kTile * 2);
+          if (side) bulk_store(w.E0 + (at * 3 + 2) * 64 * D + slice * kTile, out + kTile, kTile * 2);
+          bulk_commit();
+        }
+      }
+      if (reverse && step == first) {  // <H, dH>
+        float sum[2];
+        state_products(sum, m.H[step / r % kStages], before, warp);
+        sum[0] *= f.in[0], sum[1] *= f.in[1];
+        float* edge = w.edge + (at * 2 + side) * D + slice * 64;  // D / 64 parts of 64 slots
+        if ((lane_id() & 3) == 0) edge[row] = sum[0], edge[row + 8] = sum[1];
+      }
+      load(step + 2);
       products_wait<0>();
       hand_over(h);
       if (++stage == kStages) stage = 0, parity ^= 1;
     } while (++step < first + r);
-    reverse ? scale_rows(h, in[0], in[1]) : scale_rows(h, out[0], out[1]);
+    if (!reverse) scale_rows(h, f.out[0], f.out[1]);
+    else if (!f.cut) scale_rows(h, f.in[0], f.in[1]);
   }
   if (float* out = static_cast<float*>(ends.last[side])) each_element(false, [&](float& x, int64_t i) { out[i] = x; });
   if (reverse && threadIdx.x == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
@@ -165,14 +192,10 @@ void scan(const BackwardParams& p, const Ends& ends, void* boundary, const Backw
 
 }  // namespace
 
-void hopper_states(const Params& p, const void* images, void* boundary, int* cut) {
+void hopper_states(const ForwardParams& p, const void* images, void* boundary) {
   BackwardParams b{};
   static_cast<Params&>(b) = p;
-  scan<false>(b, {{p.hk0, p.hv0}, {}, p.h0_broadcast}, boundary, {const_cast<void*>(images), nullptr, nullptr, nullptr, cut});
-  if (!boundary) return;
-  ForwardParams f{};
-  static_cast<Params&>(f) = p;
-  hopper_forward(f, boundary, cut);
+  scan<false>(b, {{p.hk0, p.hv0}, {p.hkT, p.hvT}, p.h0_broadcast}, boundary, {const_cast<void*>(images), nullptr, nullptr, nullptr});
 }
 
 void hopper_cotangents(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w) {

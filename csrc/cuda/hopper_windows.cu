@@ -1,6 +1,6 @@
-// Chunked backward for Hopper (sm_90a), instead of hopper_scan.cu and hopper_keys.cu for a sequence and key/value head with a chunk of several windows (strong
-// gates, resets): their mathematics in one kernel, a block for each, windows from the last to the first, the cotangents dH of the state in registers. Y and e are
-// those of hopper_queries.cu. Two warpgroups have the same form, one for the keys, one for the values:
+// Chunked backward for Hopper (sm_90a), instead of hopper_keys.cu for a chunk and key/value head with several windows (strong gates, resets): its mathematics, windows
+// from the last to the first, the cotangents dH of the state in registers. E after the chunk is that of hopper_scan.cu, Y and e are those of hopper_queries.cu. One
+// block on a multiprocessor does every so manieth chunk that has to be done. Two warpgroups have the same form, one for the keys, one for the values:
 //
 //                            keys                               values
 //     A, B, H                q, k, Hk                           d_o, v, Hv               H before the window
@@ -25,6 +25,7 @@ namespace {
 
 using namespace hopper;
 
+constexpr int kWords = 128;
 [[maybe_unused]] constexpr int kBoth = 4;  // the barrier of both sides
 
 template <class E, int D>
@@ -35,27 +36,57 @@ struct WindowsShared {
   Window<E> window;
   typename GateMaker<E, 16>::Scratch scratch;
   float edge[2][kSlots], decay[kSlots];
+  uint32_t several[kWords];  // bit i of word j: this block's chunk and head 32 j + i
   uint64_t full, head_full, window_free, E_free, B_free[2], H_free[2], head_free;
 };
 static_assert(sizeof(WindowsShared<bf16, 128>) <= 227 * 1024);
 
+// The chunks and heads of this block.
+struct Several {
+  const uint32_t* words;
+  int word = -1;
+  uint32_t bits = 0;
+  [[maybe_unused]] __device__ bool next(const Params& p, Chunk& c, int& head) {
+    while (!bits)
+      if (++word == kWords) return false;
+      else bits = words[word];
+    const int i = word * 32 + __ffs(bits) - 1, id = blockIdx.x + gridDim.x * i;
+    bits &= bits - 1;
+    head = id % p.H;
+    return find_chunk(p, id / p.H, kChunk, c);
+  }
+};
+
 // The sides' code is one for both (two copies would not fit the instruction cache); `values` says which side this warpgroup is.
 template <class E, int D>
-__device__ __forceinline__ void side(const BackwardParams& p, WindowsShared<E, D>& shared, const Saved<E>* saved, Chunk c, int64_t head, const int values) {
+__device__ __forceinline__ void side(const BackwardParams& p, WindowsShared<E, D>& shared, const Backward<E>& left, const int values) {
   constexpr int NT = D / 8;
   const int own = 2 + values;  // barrier of this warpgroup
   const int r = p.HQ / p.H;
   const bool coupled = p.s.ptr == nullptr;
 
-  float dH[NT][4];
-  {
-    const float* in = static_cast<const float*>(values ? p.dhvT : p.dhkT);
-    load_registers(dH, in ? in + (c.seq.n * p.H + head) * D * p.M : nullptr, values, D, p.M, threadIdx.x % 128 / 32);
-  }
   uint32_t parity = 0, head_parity = 0;
+  Several several{shared.several};
+  Chunk c;
+  int head;
 #pragma unroll 1
-  for (int64_t i = c.seq.chunks - 1; i >= 0; --i) {
-    c.select(p, i, kChunk);
+  while (several.next(p, c, head)) {
+    float dH[NT][4];
+    {
+      const E* E_after = left.E0 + ((c.slot * p.H + head) * 3 + values) * 64 * D;
+#pragma unroll
+      for (int t = 0; t < NT; ++t)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const E* from = hopper::at(const_cast<E*>(E_after) + t / 8 * kTile, threadIdx.x % 128 / 32 * 16 + frag_row() + 8 * h, t % 8 * 8 + frag_col());
+          float2 x = unpack<E>(*reinterpret_cast<const uint32_t*>(from));
+          if (values) {
+            const float2 dropped = unpack<E>(*reinterpret_cast<const uint32_t*>(from + 64 * D));
+            x.x += dropped.x, x.y += dropped.y;
+          }
+          dH[t][2 * h] = x.x, dH[t][2 * h + 1] = x.y;
+        }
+    }
 #pragma unroll 1
     for (bool first = false; !first; parity ^= 1) {
       // Addresses are made where they are used: there are no registers to keep them in.
@@ -68,7 +99,6 @@ __device__ __forceinline__ void side(const BackwardParams& p, WindowsShared<E, D
       wait(&m.full, parity);
       first = w.begin == 0;
       const int begin = w.begin, end = w.end;
-      const bool whole = begin == 0 && end == c.length;
       if (begin > 0) {  // the state before this window
 #pragma unroll 1
         for (int d = warp * 16; d < D; d += 64) Advance<E>{m.E0[0], m.decay}.apply(H, B, d);
@@ -107,14 +137,14 @@ __device__ __forceinline__ void side(const BackwardParams& p, WindowsShared<E, D
         for (int h = 0; h < r; ++h) {
           wait(&m.head_full, head_parity);
           head_parity ^= 1;
-          if (!whole) {  // of Y what is outside of the window is nothing
+          {  // of Y what is outside of the window is nothing
             const int j = tid / 2;
             if (j < begin || (j >= end && end < c.length))
 #pragma unroll
               for (int x = 0; x < 8; ++x) reinterpret_cast<uint4*>(m.Y[values][x >> 2])[tid * 4 + (x & 3)] = make_uint4(0, 0, 0, 0);
             publish();
           }
-          if (h == 0 || !whole) sync(own, 128);
+          sync(own, 128);
           {
             float x[8][4];
             hand_over(dH);
@@ -158,14 +188,12 @@ __device__ __forceinline__ void side(const BackwardParams& p, WindowsShared<E, D
         if (h < r - 1) {
           wait(&m.head_full, head_parity);
           head_parity ^= 1;
-          if (!whole) {
-            const int j = tid / 2;
-            if (j < begin || (j >= end && end < c.length))
+          const int j = tid / 2;
+          if (j < begin || (j >= end && end < c.length))
 #pragma unroll
-              for (int x = 0; x < 8; ++x) reinterpret_cast<uint4*>(m.Y[values][x >> 2])[tid * 4 + (x & 3)] = make_uint4(0, 0, 0, 0);
-            publish();
-            sync(own, 128);
-          }
+            for (int x = 0; x < 8; ++x) reinterpret_cast<uint4*>(m.Y[values][x >> 2])[tid * 4 + (x & 3)] = make_uint4(0, 0, 0, 0);
+          publish();
+          sync(own, 128);
         }
         float x[8][4];
         hand_over(x);
@@ -216,19 +244,18 @@ __device__ __forceinline__ void side(const BackwardParams& p, WindowsShared<E, D
       if (!values)  // e, the sum over the heads
 #pragma unroll 1
         for (int h = 0; h < r; ++h) {
-          const float4* e = reinterpret_cast<const float4*>(saved[c.slot * p.HQ + head * r + h].e) + tid;
+          const float4* e = reinterpret_cast<const float4*>(left.saved[c.slot * p.HQ + head * r + h].e) + tid;
 #pragma unroll
           for (int t = 0; t < 8; ++t) {
             const float4 y = e[t * 128];
             T[t][0] += y.x, T[t][1] += y.y, T[t][2] += y.z, T[t][3] += y.w;
           }
         }
-      if (!whole)
 #pragma unroll
-        for (int h = 0; h < 2; ++h)
-          if (row + 8 * h < begin || row + 8 * h >= end)
+      for (int h = 0; h < 2; ++h)
+        if (row + 8 * h < begin || row + 8 * h >= end)
 #pragma unroll
-            for (int t = 0; t < 8; ++t) T[t][2 * h] = T[t][2 * h + 1] = 0.f;
+          for (int t = 0; t < 8; ++t) T[t][2 * h] = T[t][2 * h + 1] = 0.f;
       products_wait<0>();
       hand_over(outer);
       arrive_warp(&m.B_free[values]);
@@ -322,17 +349,22 @@ __device__ __forceinline__ void side(const BackwardParams& p, WindowsShared<E, D
       arrive_warp(&m.E_free);
     }
   }
-  if (float* out = static_cast<float*>(values ? p.dhv0 : p.dhk0))
-    store_registers(out + (c.seq.n * p.H + head) * D * p.M, dH, values, D, p.M, threadIdx.x % 128 / 32);
 }
 
 template <class E, int D>
-__global__ __launch_bounds__(384, 1) void windows_kernel(const __grid_constant__ BackwardParams p, const E* boundary, const __grid_constant__ Backward<E> w) {
+__global__ __launch_bounds__(384, 1) void windows_kernel(const __grid_constant__ BackwardParams p, const E* boundary, const __grid_constant__ Backward<E> w,
+                                                         int chunks) {
 #if GSA_HOPPER
   extern __shared__ __align__(1024) char memory[];
   auto& m = *reinterpret_cast<WindowsShared<E, D>*>(memory);
-  const int64_t head = blockIdx.x % p.H, n = blockIdx.x / p.H;
-  if (!w.cut[blockIdx.x]) return;
+  uint32_t any = 0;
+  for (int word = threadIdx.x / 32; word < kWords; word += 12) {
+    const int64_t id = blockIdx.x + int64_t(gridDim.x) * (word * 32 + threadIdx.x % 32);
+    const uint32_t bits = __ballot_sync(0xffffffffu, id < chunks && w.gates[id].cut);
+    if (threadIdx.x % 32 == 0) m.several[word] = bits;
+    any |= bits;
+  }
+  if (!__syncthreads_or(any)) return;
   const int r = p.HQ / p.H;
   const int role = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), tid = threadIdx.x % 128;
   if (threadIdx.x == 0) {
@@ -341,15 +373,15 @@ __global__ __launch_bounds__(384, 1) void windows_kernel(const __grid_constant__
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
-  Chunk c;
-  c.seq = sequence<false>(p, n, kChunk);
 
   if (role == 0) {
     give_registers<104>();
     GateMaker<E, 16> gates(m.scratch, tid, 1);
     uint32_t parity = 1, head_parity = 1;  // of what is free
-    for (int64_t i = c.seq.chunks - 1; i >= 0; --i) {
-      c.select(p, i, kChunk);
+    Several several{m.several};
+    Chunk c;
+    int head;
+    while (several.next(p, c, head)) {
       uint64_t starts = 0;
       for (int end = c.length; end > 0;) {
         gates.load(p, c, head);
@@ -405,15 +437,18 @@ __global__ __launch_bounds__(384, 1) void windows_kernel(const __grid_constant__
     return;
   }
   take_registers<200>();
-  side<E, D>(p, m, w.saved, c, head, role - 1);
+  side<E, D>(p, m, w, role - 1);
 #endif
 }
 
 }  // namespace
 
 void hopper_windows(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w) {
+  const int64_t chunks = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, kChunk) * p.H;
+  const int64_t blocks = std::max(std::min<int64_t>(chunks, hopper_multiprocessors()), ceil_div(chunks, 32 * kWords));
   select_hopper(p, [&]<class E, int D>() {
-    launch("hopper_windows", windows_kernel<E, D>, p.N * p.H, 384, sizeof(WindowsShared<E, D>), p.stream, p, static_cast<const E*>(boundary), Backward<E>(w));
+    launch("hopper_windows", windows_kernel<E, D>, blocks, 384, sizeof(WindowsShared<E, D>), p.stream, p, static_cast<const E*>(boundary), Backward<E>(w),
+           static_cast<int>(chunks));
   });
 }
 

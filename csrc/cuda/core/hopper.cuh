@@ -318,6 +318,23 @@ __device__ inline typename Arith<E>::template Split<NT * 8> split(const float (&
   Arith<E>::template from_acc_split<NT * 8>(r, x, nullptr, 0);
   return r;
 }
+// The warp's rows of a tile in two parts, the other one after it, times f_m: an operand.
+template <class E>
+__device__ inline typename Arith<E>::template Op<64> operand_times(const E* tile, const float* f, int warp) {
+  typename Arith<E>::template Op<64> x;
+  const uint32_t from = place(tile, warp * 16 + (lane_id() & 15), 0) ^ (lane_id() >> 4 << 4);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    uint32_t hi[4], lo[4];
+    ldmatrix4<false>(hi, from ^ (k * 32)), ldmatrix4<false>(lo, (from ^ (k * 32)) + kTile * 2);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 a = unpack<E>(hi[i]), b = unpack<E>(lo[i]), y = *reinterpret_cast<const float2*>(f + k * 16 + (i >> 1) * 8 + frag_col());
+      x.r[k][i] = pack<E>((a.x + b.x) * y.x, (a.y + b.y) * y.y);
+    }
+  }
+  return x;
+}
 // A state in registers, rows = slots, columns = dimensions, into the tile [D][64] of its transpose.
 template <class E, int NT>
 __device__ inline void store_transposed(E* tile, const float (&h)[NT][4], int warp) {
@@ -388,13 +405,14 @@ struct Window {
 };
 static_assert(sizeof(Window<bf16>) % 1024 == 0);
 
-// What hopper_gates.cu leaves for every chunk and key/value head: its window, if it has one.
+// What hopper_gates.cu leaves for every chunk and key/value head: its window. If it has several, S, in and out of the chunk as a whole, relative to its end;
+// hopper_queries.cu then leaves in R [token][slot] what makes a row relative to its window's reference one relative to the chunk's beginning.
 template <class E>
 struct GateImage {
   E S[2][kTile];
   float R[kTile];                                          // as accumulators lie: [column / 8][thread of a warpgroup][4]
   float start[kSlots], in[kSlots], out[kSlots];
-  int cut;                                                 // whether it has several, and nothing else is here
+  int cut;                                                 // whether it has several
   int pad[31];
 };
 
@@ -555,6 +573,25 @@ struct GateMaker {
       store_S(to, piece, i);
     }
   }
+  // f(row, exp(G_{begin - 1} - G_row) of both slots), rows from `begin` on too; returns, to warp 0, exp(G_{begin - 1}), the first gate of the chunk included.
+  template <class F>
+  __device__ float2 to_end(int begin, F&& f) const {
+    float run[2] = {0.f, 0.f}, later[2] = {0.f, 0.f};
+    together();
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i)
+      if (warp * ROWS + i < begin) run[0] += g[i][0], run[1] += g[i][1];
+    *reinterpret_cast<float2*>(&scratch.total[warp][2 * lane]) = make_float2(run[0], run[1]);
+    together();
+    for (int w = warps - 1; w > warp; --w) later[0] += scratch.total[w][2 * lane], later[1] += scratch.total[w][2 * lane + 1];
+    const float2 all = make_float2(exp2f(later[0] + run[0]), exp2f(later[1] + run[1]));
+#pragma unroll
+    for (int i = ROWS - 1; i >= 0; --i) {
+      f(i, fast_exp2(later[0]), fast_exp2(later[1]));
+      if (warp * ROWS + i < begin) later[0] += g[i][0], later[1] += g[i][1];
+    }
+    return all;
+  }
   __device__ void store_edges(float* start, float* in, float* out, const float (&total)[2]) const {
     const float2 first = *reinterpret_cast<const float2*>(scratch.first + 2 * lane);
     const float ref[2] = {reference * total[0], reference * total[1]};
@@ -571,22 +608,11 @@ struct Advance {
   float* decay;                                            // [kSlots]
   template <int ROWS>
   __device__ void write(const GateMaker<E, ROWS>& gates, int begin) const {
-    const int warp = gates.warp, m = 2 * gates.lane;
-    float run[2] = {0.f, 0.f}, later[2] = {0.f, 0.f};
-    gates.together();
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i)
-      if (warp * ROWS + i < begin) run[0] += gates.g[i][0], run[1] += gates.g[i][1];
-    *reinterpret_cast<float2*>(&gates.scratch.total[warp][m]) = make_float2(run[0], run[1]);
-    gates.together();
-    for (int w = gates.warps - 1; w > warp; --w) later[0] += gates.scratch.total[w][m], later[1] += gates.scratch.total[w][m + 1];
-    if (warp == 0) decay[m] = exp2f(later[0] + run[0]), decay[m + 1] = exp2f(later[1] + run[1]);
-#pragma unroll
-    for (int i = ROWS - 1; i >= 0; --i) {
-      const bool inside = warp * ROWS + i < begin;
-      *reinterpret_cast<uint32_t*>(at(S, warp * ROWS + i, m)) = inside ? pack<E>(gates.s[i][0] * fast_exp2(later[0]), gates.s[i][1] * fast_exp2(later[1])) : 0u;
-      if (inside) later[0] += gates.g[i][0], later[1] += gates.g[i][1];
-    }
+    const int m = 2 * gates.lane;
+    const float2 all = gates.to_end(begin, [&](int i, float x, float y) {
+      *reinterpret_cast<uint32_t*>(at(S, gates.warp * ROWS + i, m)) = gates.warp * ROWS + i < begin ? pack<E>(gates.s[i][0] * x, gates.s[i][1] * y) : 0u;
+    });
+    if (gates.warp == 0) decay[m] = all.x, decay[m + 1] = all.y;
   }
   // 16 dimensions of H [D][64] from d on, with the tokens B; by a warp. Rare: mma.sync, so that no warpgroup's registers are planned around it.
   __device__ void apply(E* H, const E* B, int d) const {
@@ -615,6 +641,56 @@ struct Advance {
       }
   }
 };
+
+// One of the windows of the chunk at a slot: the tokens from `begin` on, by 256 threads whose barrier is 1. Makes S (the gates' scratch lies in the second part
+// of it), R (R_at), `in`, and H [keys, values], [D][64] each, before the window, from the states before the chunk. B: k, v. Everything on its way arrives.
+// Returns where the window ends. Not inlined: rare, and what surrounds it has no registers to spare.
+template <class E, int D>
+__device__ __noinline__ int make_window(const Params& p, int64_t slot, int64_t head, int begin, const Advance<E> advance, float* R, E* S, float* in, E* H,
+                                        const E* B_keys, const E* B_values, const E* states) {
+#if GSA_HOPPER
+  Chunk c;
+  if (!find_chunk(p, slot, kChunk, c)) return kChunk;
+  const int half = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  GateMaker<E, 8> gates(*reinterpret_cast<typename GateMaker<E, 8>::Scratch*>(S + kTile), threadIdx.x, 1);
+  float before[2], total[2];
+  gates.load(p, c, head);
+  gates.sums(0, c.length, before, total);
+  const uint64_t starts = gates.cut(c.length), later = begin == 63 ? 0 : starts & ~((2ull << begin) - 1);
+  const int end = later ? __ffsll(later) - 1 : c.length;
+  gates.sums(begin, end, before, total);
+  if (begin > 0) {
+    for (int side = 0; side < 2; ++side) load_state<D, 256>(H + side * 64 * D, states + side * int64_t(D) * p.M, p.M, threadIdx.x);
+    cp_async_commit();
+  }
+  cp_async_wait_for<0>();
+  if (begin > 0) advance.write(gates, begin);
+  if (gates.warp == 0) gates.store_edges(nullptr, in, nullptr, total);
+  __syncthreads();  // the scratch is done with
+  gates.make(begin, end, before, total);
+  gates.store_tiles(S, R);
+  publish();
+  __syncthreads();
+  if (begin > 0) {
+#pragma unroll 1
+    for (int d = gates.warp % 4 * 16; d < D; d += 64) advance.apply(H + half * 64 * D, half ? B_values : B_keys, d);
+    publish();
+  }
+  return end;
+#else
+  return kChunk;
+#endif
+}
+// Half of the slots of an R as make_window leaves it, as accumulators lie.
+[[maybe_unused]] __device__ inline void load_R(float (&x)[4][4], const float* R, int row, int column) {
+#pragma unroll
+  for (int t = 0; t < 4; ++t)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float2 y = *reinterpret_cast<const float2*>(R + R_at(row + 8 * h, column + t * 8));
+      x[t][2 * h] = y.x, x[t][2 * h + 1] = y.y;
+    }
+}
 
 // ------------------------------------------------------------------------------------------------------------ the first half of either pass
 
@@ -670,10 +746,10 @@ __device__ inline void diagonal_of(float (&d)[2], const float (&x)[8][4], int wa
   d[0] = __shfl_sync(0xffffffffu, top, lane), d[1] = __shfl_sync(0xffffffffu, bottom, lane);
 }
 
-// o[i, m] = exp(ref) (a H) + X S, X = tril(a b^T): times R, o1 / scale from (q, k, Hk), dp from (d_o, v, Hv).
+// o[i, m] = exp(ref) (a H) + X S, X = tril(a b^T): times R, o1 / scale from (q, k, Hk), dp from (d_o, v, Hv). All slots, or 32: H, S, in from the first one on.
 // diagonal false: X strictly lower, and the diagonal of a b^T apart, of rows lane / 4 and lane / 4 + 8.
-template <class E, int D, bool diagonal, class Gates>
-__device__ inline void scores(float (&o)[8][4], float (&d)[2], const E* a, const E* b, const E* H, const Gates& w, int warp) {
+template <class E, int D, bool diagonal, int NT>
+__device__ __forceinline__ void scores(float (&o)[NT][4], float (&d)[2], const E* a, const E* b, const E* H, const E* S, const float* in, int warp) {
   float x[8][4];
   hand_over(x);
   hand_over(o);
@@ -689,12 +765,12 @@ __device__ inline void scores(float (&o)[8][4], float (&d)[2], const E* a, const
   const auto X = split<E>(x);
   products_wait<0>();
   hand_over(o);
-  scale_columns(o, w.in);
+  scale_columns(o, in);
   hand_over(o);
   products_begin();
-  product<E, 1>(o, X.hi, mnmajor(w.S[0]));
-  product<E, 1>(o, X.lo, mnmajor(w.S[0]));
-  product<E, 1>(o, X.hi, mnmajor(w.S[1]));
+  product<E, 1>(o, X.hi, mnmajor(S));
+  product<E, 1>(o, X.lo, mnmajor(S));
+  product<E, 1>(o, X.hi, mnmajor(S + kTile));
   products_commit();
   products_wait<0>();
   hand_over(o);
@@ -734,12 +810,11 @@ struct Saved {
 template <class E>
 struct Backward {
   Saved<E>* saved;                                         // [slots][query heads]
-  const GateImage<E>* gates;                               // [slots][heads]
+  GateImage<E>* gates;                                     // [slots][heads]
   E* E0;  // [slots][heads][keys, values, what rounding dropped of the values][D / 64] tiles [slot][dimension]
   float* edge;  // [slots][heads][keys, values][D / 64][64]: exp(G_end) <H, dH>, in parts
-  int* cut;  // [sequences][heads]: whether any chunk has several windows
   explicit Backward(const BackwardWorkspace& w)
-      : saved(static_cast<Saved<E>*>(w.saved)), gates(static_cast<const GateImage<E>*>(w.gates)), E0(static_cast<E*>(w.E0)), edge(w.edge), cut(w.cut) {}
+      : saved(static_cast<Saved<E>*>(w.saved)), gates(static_cast<GateImage<E>*>(w.gates)), E0(static_cast<E*>(w.E0)), edge(w.edge) {}
 };
 
 // Two neighbouring elements of a gradient, in its type: E, or fp32 for gates that are.

@@ -36,12 +36,13 @@ inline int shared_memory() {
   return bytes;
 }
 
-// Which of the chunk kernels run: GSA_KERNELS=portable or =hopper in the environment, for tests and measurements; else whichever is the faster.
-enum class Kernels { automatic, portable, hopper };
+// Which of the chunk kernels run: GSA_KERNELS=portable, =hopper (walks, where there is one) or =parts (for Hopper, never a walk) in the environment, for tests and
+// measurements; else whichever is the fastest.
+enum class Kernels { automatic, portable, hopper, parts };
 inline Kernels wanted_kernels() {
   const char* name = std::getenv("GSA_KERNELS");
   const std::string_view x = name ? name : "";
-  return x == "portable" ? Kernels::portable : x == "hopper" ? Kernels::hopper : Kernels::automatic;
+  return x == "portable" ? Kernels::portable : x == "hopper" ? Kernels::hopper : x == "parts" ? Kernels::parts : Kernels::automatic;
 }
 
 // Multiprocessors of the current device, if it runs code for sm_90a and this build has any; else 0.
