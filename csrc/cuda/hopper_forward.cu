@@ -34,7 +34,7 @@ struct ForwardShared {
   Gates windows[2];
   E H[2][64 * D];  // [D][64] of the keys, of the values
   E P[3][kTile];  // hi, lo, times exp(ref)
-  typename GateMaker<E, 16>::Scratch scratch;
+  typename GateMaker<E, 16, true>::Scratch scratch;
   uint64_t tokens_full[2], keys_free[2], values_free[2], window_full[2], window_free[2], p_full, p_free;
 };
 
@@ -187,7 +187,7 @@ __global__ __launch_bounds__(512, 1) void forward_kernel(const __grid_constant__
     }
   } else if (role == 0) {  // windows
     give_registers<128>();
-    GateMaker<E, 16> gates(m.scratch, tid, 1);
+    GateMaker<E, 16, true> gates(m.scratch, tid, 1);
     Turn turn;
     for (int64_t i = 0; i < chunks; ++i) {
       if (i + 1 < chunks) {

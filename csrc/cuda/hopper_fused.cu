@@ -22,7 +22,8 @@
 // What has to be more exact than 16 bits is an operand in two parts (16 + 16 bits): X in the scores, S, Y, W and E of the values, the terms of dg. A third warpgroup brings the tokens and the states and makes the windows (core/hopper.cuh).
 //
 //     shared memory                    written by     read by       barriers (full / free)
-//     A, B, H [side], window           loader         each side     full / A_free, B_free, H_free [side], window_free
+//     A, B, H [side], window           loader         each side     full / A_free, B_free, H_free [side], window_free; exchange_free, where it makes a window's
+//                                                                   state from the chunk's in the exchange
 //     E [side]                         its side       its side      the warpgroup's own
 //     exchange[2]: scores, then Y of the other side's reader, then ds or dg: both, behind barriers of 256
 #include "core/hopper.cuh"
@@ -42,7 +43,7 @@ struct FusedShared {
   float exchange[2][kTile];
   typename GateMaker<E, 16>::Scratch scratch;
   float edge[2][kSlots], diagonal[64], decay[kSlots];
-  uint64_t full, window_free, A_free[2], B_free[2], H_free[2];
+  uint64_t full, window_free, exchange_free, A_free[2], B_free[2], H_free[2];
 };
 
 [[maybe_unused]] constexpr int kBoth = 4;  // the barrier of both sides
@@ -339,6 +340,7 @@ __device__ __forceinline__ void fused_side(const BackwardParams& p, FusedShared<
             dg[t][2 * h] -= (1.f - S.x * f.x) * outer[t][2 * h], dg[t][2 * h + 1] -= (1.f - S.y * f.y) * outer[t][2 * h + 1];
           }
       }
+      arrive_warp(&m.window_free);
       sync(kBoth, 256);  // both are done with the exchange
       // The keys' side writes dg, the values' ds: each gives the other its part.
 #pragma unroll
@@ -369,7 +371,7 @@ __device__ __forceinline__ void fused_side(const BackwardParams& p, FusedShared<
         }
       }
       sync(kBoth, 256);  // both have read it
-      arrive_warp(&m.window_free);
+      arrive_warp(&m.exchange_free);
     }
   }
   if (float* out = static_cast<float*>(values ? p.dhv0 : p.dhk0)) store_registers(out + (n * p.H + head) * D * p.M, dH, values, D, p.M, warp);
@@ -383,7 +385,7 @@ __global__ __launch_bounds__(384, 1) void fused_kernel(const __grid_constant__ B
   const int64_t head = blockIdx.x % p.H, n = blockIdx.x / p.H;
   const int role = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), tid = threadIdx.x % 128;
   if (threadIdx.x == 0) {
-    init(&m.full, 128), init(&m.window_free, 8);
+    init(&m.full, 128), init(&m.window_free, 8), init(&m.exchange_free, 8);
     for (int i = 0; i < 2; ++i) init(m.A_free + i, 4), init(m.B_free + i, 4), init(m.H_free + i, 4);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
@@ -412,7 +414,7 @@ __global__ __launch_bounds__(384, 1) void fused_kernel(const __grid_constant__ B
           load_state<D, 128>(m.H[side], boundary + ((c.slot * p.H + head) * 2 + side) * int64_t(D) * p.M, p.M, tid);
         }
         if (begin > 0) {
-          wait(&m.window_free, parity);
+          wait(&m.window_free, parity), wait(&m.exchange_free, parity);
           Advance<E>{reinterpret_cast<E*>(m.exchange[0]), m.decay}.write(gates, begin);
         }
         gates.make(begin, end, before, total);
@@ -431,6 +433,7 @@ __global__ __launch_bounds__(384, 1) void fused_kernel(const __grid_constant__ B
         cp_async_wait_for<0>();
         publish();
         arrive(&m.full);
+        wait(&m.exchange_free, parity);
         parity ^= 1;
         end = begin;
       }

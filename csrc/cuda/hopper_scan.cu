@@ -8,7 +8,8 @@
 //     X: k, v                                                    X: q, d_o
 //
 // S and the two factors come from hopper_gates.cu, Y from hopper_queries.cu: of a chunk of several windows relative to each window's reference, so that here it is made
-// one relative to the chunk's beginning. Tiles come three steps (a chunk and query head) ahead.
+// one relative to the chunk's beginning. Tiles come two steps (a chunk and query head)
+// ahead, or five, where there is one block on a multiprocessor: what a step takes is mostly their latency.
 #include "core/hopper.cuh"
 #include "core/select.cuh"
 #include "hopper.h"
@@ -18,14 +19,14 @@ namespace {
 
 using namespace hopper;
 
-constexpr int kThreads = 128, kStages = 3;
+constexpr int kThreads = 128;
 
-template <class E>
+template <class E, int STAGES>
 struct ScanShared {
-  E Y[kStages][2][kTile], X[kStages][kTile], H[kStages][kTile], out[2][kTile];  // Y: or S
-  uint64_t full[kStages];
+  E Y[STAGES][2][kTile], X[STAGES][kTile], H[STAGES][kTile], out[2][kTile];  // Y: or S
+  uint64_t full[STAGES];
 };
-static_assert(sizeof(ScanShared<bf16>) <= 113 * 1024);
+static_assert(sizeof(ScanShared<bf16, 3>) <= 113 * 1024 && sizeof(ScanShared<bf16, 6>) <= 227 * 1024);
 
 // Where the states begin and end: [N, H, K, M] and [N, H, M, V], nullptr: zero; not wanted.
 struct Ends {
@@ -48,12 +49,12 @@ template <class E>
   __syncthreads();
 }
 
-template <class E, int D, bool reverse>
-__global__ __launch_bounds__(kThreads, 2) void scan_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ Ends ends, E* boundary,
-                                                           const __grid_constant__ Backward<E> w) {
+template <class E, int D, bool reverse, int STAGES>
+__global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ Ends ends,
+                                                                             E* boundary, const __grid_constant__ Backward<E> w) {
 #if GSA_HOPPER
   extern __shared__ __align__(1024) char memory[];
-  auto& m = *reinterpret_cast<ScanShared<E>*>(memory);
+  auto& m = *reinterpret_cast<ScanShared<E, STAGES>*>(memory);
   constexpr int slices = D / 64;
   const int r = reverse ? p.HQ / p.H : 1, slice = blockIdx.x % slices, side = blockIdx.x / slices % 2, head = blockIdx.x / (2 * slices) % p.H;
   const int64_t n = blockIdx.x / (2 * slices) / p.H;
@@ -62,7 +63,7 @@ __global__ __launch_bounds__(kThreads, 2) void scan_kernel(const __grid_constant
   const int chunks = static_cast<int>(c.seq.chunks);
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), row = warp * 16 + frag_row();
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) init(m.full + i, 1);
+    for (int i = 0; i < STAGES; ++i) init(m.full + i, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
@@ -85,7 +86,7 @@ __global__ __launch_bounds__(kThreads, 2) void scan_kernel(const __grid_constant
   auto state_of = [&](int64_t slot) { return boundary + ((slot * p.H + head) * 2 + side) * int64_t(D) * p.M + slice * 64 * p.M; };
   auto load = [&](int s) {
     if (s < steps) {
-      const int stage = s % kStages;
+      const int stage = s % STAGES;
       Chunk next = c;
       next.select(p, chunk_of(s), kChunk);
       const int64_t x_head = reverse ? head * r + s % r : head;
@@ -97,11 +98,11 @@ __global__ __launch_bounds__(kThreads, 2) void scan_kernel(const __grid_constant
       Rows x = rows_of(reverse ? side ? p.d_o : p.q : side ? p.v : p.k, next, x_head);
       x.base += slice * 64;
       load_tokens<64, kThreads>(m.X[stage], x, next.length, threadIdx.x);
-      if (reverse && s % r == 0) load_state<64, kThreads>(m.H[s / r % kStages], state_of(next.slot), p.M, threadIdx.x);
+      if (reverse && s % r == 0) load_state<64, kThreads>(m.H[s / r % STAGES], state_of(next.slot), p.M, threadIdx.x);
     }
     cp_async_commit();
   };
-  load(0), load(1);
+  for (int s = 0; s < STAGES - 1; ++s) load(s);
   int stage = 0;
   uint32_t parity = 0;
   // What the chunk at a step is multiplied with; of the next one on its way before it is needed.
@@ -135,10 +136,11 @@ __global__ __launch_bounds__(kThreads, 2) void scan_kernel(const __grid_constant
     }
 #pragma unroll 1
     do {
-      cp_async_wait_for<1>();
+      cp_async_wait_for<STAGES - 2>();
       wait(m.full + stage, parity);
       publish();
       __syncthreads();  // `out` is whole, and everybody is done with the stage before this one
+      load(step + STAGES - 1);
       float before[8][4];
       if (reverse && step == first) {
 #pragma unroll
@@ -164,15 +166,14 @@ __global__ __launch_bounds__(kThreads, 2) void scan_kernel(const __grid_constant
       }
       if (reverse && step == first) {  // <H, dH>
         float sum[2];
-        state_products(sum, m.H[step / r % kStages], before, warp);
+        state_products(sum, m.H[step / r % STAGES], before, warp);
         sum[0] *= f.in[0], sum[1] *= f.in[1];
         float* edge = w.edge + (at * 2 + side) * D + slice * 64;  // D / 64 parts of 64 slots
         if ((lane_id() & 3) == 0) edge[row] = sum[0], edge[row + 8] = sum[1];
       }
-      load(step + 2);
       products_wait<0>();
       hand_over(h);
-      if (++stage == kStages) stage = 0, parity ^= 1;
+      if (++stage == STAGES) stage = 0, parity ^= 1;
     } while (++step < first + r);
     if (!reverse) scale_rows(h, f.out[0], f.out[1]);
     else if (!f.cut) scale_rows(h, f.in[0], f.in[1]);
@@ -185,8 +186,12 @@ __global__ __launch_bounds__(kThreads, 2) void scan_kernel(const __grid_constant
 template <bool reverse>
 void scan(const BackwardParams& p, const Ends& ends, void* boundary, const BackwardWorkspace& w) {
   select_hopper(p, [&]<class E, int D>() {
-    launch(reverse ? "hopper_cotangents" : "hopper_states", scan_kernel<E, D, reverse>, p.N * p.H * 2 * (D / 64), kThreads, sizeof(ScanShared<E>), p.stream, p,
-           ends, static_cast<E*>(boundary), Backward<E>(w));
+    const int64_t blocks = p.N * p.H * 2 * (D / 64);
+    auto run = [&]<int STAGES>() {
+      launch(reverse ? "hopper_cotangents" : "hopper_states", scan_kernel<E, D, reverse, STAGES>, blocks, kThreads, sizeof(ScanShared<E, STAGES>), p.stream, p,
+             ends, static_cast<E*>(boundary), Backward<E>(w));
+    };
+    blocks > hopper_multiprocessors() ? run.template operator()<3>() : run.template operator()<6>();
   });
 }
 

@@ -416,8 +416,9 @@ struct GateImage {
   int pad[31];
 };
 
-// The 64 / ROWS warps that make them: thread (warp w, lane l) has ROWS tokens from ROWS w on, of slots 2 l and 2 l + 1.
-template <class E, int ROWS>
+// The 64 / ROWS warps that make them: thread (warp w, lane l) has ROWS tokens from ROWS w on, of slots 2 l and 2 l + 1. quick: windows that are whole chunks, which
+// nearly all are, in a third of the instructions, and in a copy of the code.
+template <class E, int ROWS, bool quick = false>
 struct GateMaker {
   static constexpr int warps = 64 / ROWS;
   // In powers of two. bf16: R within 2^97 and 2^-79, more room below for Y, whose cotangents are small (a mean's, 2^-30 and less).
@@ -485,11 +486,18 @@ struct GateMaker {
   __device__ void sums(int begin, int end, float (&before)[2], float (&total)[2]) {
     together();                                            // scratch is free
     float run[2] = {0.f, 0.f};
+    if (quick && begin == 0 && end == 64) {
+      if (warp == 0) *reinterpret_cast<float2*>(scratch.first + 2 * lane) = make_float2(g[0][0], g[0][1]);
+      if (warp > 0) run[0] = g[0][0], run[1] = g[0][1];
 #pragma unroll
-    for (int i = 0; i < ROWS; ++i) {
-      const int t = warp * ROWS + i;
-      if (t > begin && t < end) run[0] += g[i][0], run[1] += g[i][1];
-      if (t == begin) *reinterpret_cast<float2*>(scratch.first + 2 * lane) = make_float2(g[i][0], g[i][1]);
+      for (int i = 1; i < ROWS; ++i) run[0] += g[i][0], run[1] += g[i][1];
+    } else {
+#pragma unroll
+      for (int i = 0; i < ROWS; ++i) {
+        const int t = warp * ROWS + i;
+        if (t > begin && t < end) run[0] += g[i][0], run[1] += g[i][1];
+        if (t == begin) *reinterpret_cast<float2*>(scratch.first + 2 * lane) = make_float2(g[i][0], g[i][1]);
+      }
     }
     *reinterpret_cast<float2*>(&scratch.total[warp][2 * lane]) = make_float2(run[0], run[1]);
     together();
@@ -533,6 +541,16 @@ struct GateMaker {
   // g and s become R and S of the window; before, total: of sums(begin, end).
   __device__ void make(int begin, int end, const float (&before)[2], const float (&total)[2]) {
     float sum[2] = {before[0] - reference * total[0], before[1] - reference * total[1]};
+    if (quick && begin == 0 && end == 64) {
+#pragma unroll
+      for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          if (i > 0 || warp > 0) sum[e] += g[i][e];
+          g[i][e] = fast_exp2(sum[e]), s[i][e] *= fast_exp2(-sum[e]);
+        }
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
       const int t = warp * ROWS + i;
