@@ -155,6 +155,27 @@ struct WindowParams {
   void* stream = nullptr;
 };
 
+// o = x with its first n components turned: x cos + (-x2, x1) sin, x1 and x2 being their halves; transposed: the other way round.
+struct RotateParams {
+  int64_t B = 0, T = 0;
+  int32_t heads = 0, D = 0, n = 0;
+  bool transposed = false;
+  View x, o;                          // [B, T, heads, D]
+  View cos, sin;                      // [B or 1, T, n], strides batch and token
+  void* stream = nullptr;
+};
+
+// o = logsigmoid(logits) / normalizer in fp32; with a cotangent d_o of that, of the logits.
+struct LogGateParams {
+  int64_t count = 0;
+  double normalizer = 1;
+  DType dtype = DType::none;          // of the logits, and of o where there is a d_o
+  const void* logits = nullptr;       // contiguous, as all here
+  const float* d_o = nullptr;
+  void* o = nullptr;
+  void* stream = nullptr;
+};
+
 // Tokens per chunk, the spacing of the boundary states. Depends on nothing but this, so that shapes are known without a device.
 constexpr int64_t chunk_length(DType dtype, Math math, int64_t M) {
   const bool wide = dtype == DType::f32 || math == Math::exact;   // fp32 tiles
@@ -190,6 +211,8 @@ GSA_BACKEND
 void conv_step(const ConvParams&);    // beside.cu; elsewhere these two are put together from torch's own operations (beside.cpp)
 int64_t window_step_shared(const WindowParams&);   // bytes of shared memory that a block of the following takes
 void window_step(const WindowParams&);
+void rotate(const RotateParams&);     // inputs.cu; elsewhere from torch's own operations (inputs.cpp), too
+void log_gate(const LogGateParams&);
 }
 #undef GSA_BACKEND
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,31 +36,6 @@ def is_half_rotation_to_the_bit(apply: Callable[..., tuple[Tensor, Tensor]]) -> 
 
 
 def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x ``[B, T, H, D]``; cos, sin ``[B or 1, T, n]``, n <= D: the first n dimensions are turned. Returns x's shape and dtype; cos and sin get no gradient."""
-    return _Rotate.apply(x, cos[:, :, None], sin[:, :, None])
-
-
-class _Rotate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:    # type: ignore[override]
-        ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin, 1)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:       # type: ignore[override]
-        cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, sin.roll(sin.shape[-1] // 2, -1), -1), None, None
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    """``[x1 * cos1 - sign * x2 * sin1, x2 * cos2 + sign * x1 * sin2]``, and what is behind. In 16 bits ``x * cos`` is rounded, too, as the families do."""
-    n = cos.shape[-1]
-    x1, x2 = x[..., :n // 2], x[..., n // 2:n]
-    y = torch.empty_like(x)
-    with torch.autocast(x.device.type, enabled=False):
-        torch.mul(x[..., :n], cos, out=y[..., :n])
-        y[..., :n // 2].addcmul_(x2, sin[..., :n // 2], value=-sign)
-        y[..., n // 2:n].addcmul_(x1, sin[..., n // 2:], value=sign)
-    y[..., n:] = x[..., n:]
-    return y
+    """x ``[B, T, H, D]``; cos, sin ``[B or 1, T, n]``, n <= D: the first n dimensions are turned. Returns x's shape and dtype; cos and sin get no gradient.
+    In 16 bits ``x * cos`` is rounded, too, as the families do."""
+    return torch.ops.gsa.rotate(x, cos, sin)

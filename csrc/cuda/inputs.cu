@@ -1,0 +1,103 @@
+// What a layer does to its projections before the op, each in one pass over memory: the rotation of q and k, the log gate.
+#include "core/chunk.cuh"
+
+namespace gsa::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+template <class E, int V>
+struct alignas(sizeof(E) * V) Pack {
+  E x[V];
+};
+template <class E>
+__device__ float rounded(float x) {
+  return to_float(from_float<E>(x));
+}
+
+// A block has one token. x cos is rounded, then the sum, as the families' own formula in 16 bits leaves them.
+template <class E, int V>
+__global__ __launch_bounds__(kThreads) void rotate_kernel(const __grid_constant__ RotateParams p) {
+  using Vector = Pack<E, V>;
+  const int64_t b = blockIdx.x / p.T, t = blockIdx.x % p.T;
+  const E* x = static_cast<const E*>(p.x.ptr) + b * p.x.batch + t * p.x.token;
+  E* o = static_cast<E*>(p.o.ptr) + b * p.o.batch + t * p.o.token;
+  const E* cos = static_cast<const E*>(p.cos.ptr) + b * p.cos.batch + t * p.cos.token;
+  const E* sin = static_cast<const E*>(p.sin.ptr) + b * p.sin.batch + t * p.sin.token;
+  auto load = [](const E* from) { return *reinterpret_cast<const Vector*>(from); };
+  const int half = p.n / 2, turning = half / V, pieces = turning + (p.D - p.n) / V;
+  for (int i = threadIdx.x; i < p.heads * pieces; i += kThreads) {
+    const int head = i / pieces, piece = i % pieces;
+    const E* from = x + head * p.x.head;
+    E* to = o + head * p.o.head;
+    if (piece >= turning) {
+      const int d = p.n + (piece - turning) * V;
+      *reinterpret_cast<Vector*>(to + d) = load(from + d);
+      continue;
+    }
+    const int d = piece * V;
+    const Vector x1 = load(from + d), x2 = load(from + half + d), c1 = load(cos + d), c2 = load(cos + half + d);
+    const Vector s1 = load(sin + (p.transposed ? half : 0) + d), s2 = load(sin + (p.transposed ? 0 : half) + d);
+    Vector y1, y2;
+#pragma unroll
+    for (int e = 0; e < V; ++e) {
+      const float a = to_float(x1.x[e]), c = to_float(x2.x[e]), sign = p.transposed ? -1.f : 1.f;
+      y1.x[e] = from_float<E>(__fadd_rn(rounded<E>(__fmul_rn(a, to_float(c1.x[e]))), -sign * __fmul_rn(c, to_float(s1.x[e]))));
+      y2.x[e] = from_float<E>(__fadd_rn(rounded<E>(__fmul_rn(c, to_float(c2.x[e]))), sign * __fmul_rn(a, to_float(s2.x[e]))));
+    }
+    *reinterpret_cast<Vector*>(to + d) = y1;
+    *reinterpret_cast<Vector*>(to + half + d) = y2;
+  }
+}
+
+template <class E, bool backward, int V>
+__global__ __launch_bounds__(kThreads) void log_gate_kernel(const __grid_constant__ LogGateParams p) {
+  using Out = std::conditional_t<backward, E, float>;
+  const int64_t i = (blockIdx.x * int64_t(kThreads) + threadIdx.x) * V;
+  if (i >= p.count) return;
+  const Pack<E, V> x = *reinterpret_cast<const Pack<E, V>*>(static_cast<const E*>(p.logits) + i);
+  Pack<float, V> d{};
+  if constexpr (backward) d = *reinterpret_cast<const Pack<float, V>*>(p.d_o + i);
+  const float normalizer = static_cast<float>(p.normalizer);
+  Pack<Out, V> o;
+#pragma unroll
+  for (int e = 0; e < V; ++e) {
+    const float f = to_float(x.x[e]), z = expf(-fabsf(f));
+    if constexpr (backward) o.x[e] = from_float<E>(d.x[e] / normalizer * (f < 0 ? 1.f / (1.f + z) : z / (1.f + z)));
+    else o.x[e] = (fminf(f, 0.f) - log1pf(z)) / normalizer;
+    if constexpr (!backward)
+      if (isnan(f)) o.x[e] = f;
+  }
+  *reinterpret_cast<Pack<Out, V>*>(static_cast<Out*>(p.o) + i) = o;
+}
+
+template <class F>
+void of_dtype(DType dtype, F&& f) {
+  if (dtype == DType::f32) f(float());
+  else if (dtype == DType::bf16) f(bf16());
+  else f(half());
+}
+
+}  // namespace
+
+void rotate(const RotateParams& p) {
+  of_dtype(p.x.dtype, [&]<class E>(E) {
+    constexpr int V = 16 / sizeof(E);
+    bool whole = p.n / 2 % V == 0 && (p.D - p.n) % V == 0;
+    for (const View& x : {p.x, p.o, p.cos, p.sin}) whole &= reinterpret_cast<uintptr_t>(x.ptr) % 16 == 0 && (x.batch | x.token | x.head) % V == 0;
+    whole ? launch("rotate", rotate_kernel<E, V>, p.B * p.T, kThreads, 0, p.stream, p)
+          : launch("rotate", rotate_kernel<E, 1>, p.B * p.T, kThreads, 0, p.stream, p);
+  });
+}
+
+void log_gate(const LogGateParams& p) {
+  of_dtype(p.dtype, [&]<class E>(E) {
+    auto run = [&]<bool backward, int V>() { launch("log_gate", log_gate_kernel<E, backward, V>, ceil_div(p.count, kThreads * V), kThreads, 0, p.stream, p); };
+    const bool whole =
+        p.count % 4 == 0 && ((reinterpret_cast<uintptr_t>(p.logits) | reinterpret_cast<uintptr_t>(p.d_o) | reinterpret_cast<uintptr_t>(p.o)) & 15) == 0;
+    if (p.d_o) whole ? run.template operator()<true, 4>() : run.template operator()<true, 1>();
+    else whole ? run.template operator()<false, 4>() : run.template operator()<false, 1>();
+  });
+}
+
+}  // namespace gsa::cuda

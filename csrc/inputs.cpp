@@ -1,0 +1,188 @@
+// torch.ops.gsa.rotate and log_gate: what a layer does to its projections before the op, each in one pass over memory. CUDA kernels in cuda/inputs.cu; on the CPU
+// and in fp64 the same from torch's own operations.
+#include <ATen/ATen.h>
+#include <ATen/autocast_mode.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "checks.h"
+#include "params.h"
+
+namespace gsa {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// ------------------------------------------------------------------------------------------------------------ rotate
+
+void check_rotate(const Tensor& x, const Tensor& cos, const Tensor& sin) {
+  TORCH_CHECK_VALUE(x.dim() == 4, "x: expected shape [B, T, H, D], given ", x.sym_sizes());
+  TORCH_CHECK_VALUE(cos.dim() == 3 && (cos.sym_size(0) == x.sym_size(0) || cos.sym_size(0) == 1) && cos.sym_size(1) == x.sym_size(1) &&
+                        cos.sym_size(2) % 2 == 0 && cos.sym_size(2) <= x.sym_size(3),
+                    "cos: expected shape [B or 1, T, n] with an even n of at most D, x being ", x.sym_sizes(), ", given ", cos.sym_sizes());
+  TORCH_CHECK_VALUE(sin.sym_sizes() == cos.sym_sizes(), "sin: expected cos's shape ", cos.sym_sizes(), ", given ", sin.sym_sizes());
+  TORCH_CHECK(x.device() == cos.device() && x.device() == sin.device(), "x, cos and sin are on ", x.device(), ", ", cos.device(), " and ", sin.device(),
+              ": move them to one device");
+}
+
+#ifdef GSA_WITH_CUDA
+bool has_kernel(const Tensor& x) { return x.is_cuda() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16); }
+DType dtype_of(const Tensor& x) { return x.scalar_type() == at::kFloat ? DType::f32 : x.scalar_type() == at::kHalf ? DType::f16 : DType::bf16; }
+void* stream_of(const Tensor& x) { return c10::impl::VirtualGuardImpl(x.device().type()).getStream(x.device()).native_handle(); }
+View view(const Tensor& x) {
+  View r;
+  r.ptr = x.data_ptr(), r.dtype = dtype_of(x), r.batch = x.stride(0), r.token = x.stride(1), r.head = x.dim() == 4 ? x.stride(2) : 0;
+  return r;
+}
+#endif
+
+Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, bool transposed) {
+  check_rotate(x, cos, sin);
+  const c10::DeviceGuard guard(x.device());
+  const int64_t D = x.size(3), n = cos.size(2);
+#ifdef GSA_WITH_CUDA
+  if (has_kernel(x) && cos.scalar_type() == x.scalar_type() && sin.scalar_type() == x.scalar_type()) {
+    auto readable = [](const Tensor& t) { return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous(); };
+    const Tensor in = readable(x), c = readable(cos), s = readable(sin);
+    Tensor o = at::empty(x.sizes(), x.options());
+    RotateParams p;
+    p.B = x.size(0), p.T = x.size(1), p.heads = static_cast<int32_t>(x.size(2)), p.D = static_cast<int32_t>(D), p.n = static_cast<int32_t>(n);
+    p.transposed = transposed, p.x = view(in), p.o = view(o), p.cos = view(c), p.sin = view(s), p.stream = stream_of(x);
+    if (c.size(0) == 1) p.cos.batch = p.sin.batch = 0;
+    if (o.numel() > 0) cuda::rotate(p);
+    return o;
+  }
+#endif
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  Tensor o = at::empty(x.sizes(), x.options());
+  const Tensor c = cos.unsqueeze(2), s = sin.unsqueeze(2);
+  Tensor turned = o.slice(3, 0, n), o1 = o.slice(3, 0, n / 2), o2 = o.slice(3, n / 2, n);
+  const Tensor first = s.slice(3, 0, n / 2), second = s.slice(3, n / 2);
+  at::mul_out(turned, x.slice(3, 0, n), c);
+  o1.addcmul_(x.slice(3, n / 2, n), transposed ? second : first, transposed ? 1 : -1);
+  o2.addcmul_(x.slice(3, 0, n / 2), transposed ? first : second, transposed ? -1 : 1);
+  o.slice(3, n).copy_(x.slice(3, n));
+  return o;
+}
+
+Tensor rotate_meta(const Tensor& x, const Tensor& cos, const Tensor& sin, bool) {
+  check_rotate(x, cos, sin);
+  return at::empty_symint(x.sym_sizes(), x.options());
+}
+
+struct Rotate : torch::autograd::Function<Rotate> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& cos, const Tensor& sin, bool transposed) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("gsa::rotate", "").typed<decltype(rotate)>();
+    ctx->save_for_backward({cos, sin});
+    ctx->saved_data["transposed"] = transposed;
+    return op.call(x, cos, sin, transposed);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("gsa::rotate", "").typed<decltype(rotate)>();
+    const variable_list saved = ctx->get_saved_variables();
+    return {op.call(grads[0], saved[0], saved[1], !ctx->saved_data["transposed"].toBool()), {}, {}, {}};
+  }
+};
+
+Tensor rotate_autograd(const Tensor& x, const Tensor& cos, const Tensor& sin, bool transposed) {
+  return Rotate::apply(x, cos.detach(), sin.detach(), transposed);
+}
+
+// ------------------------------------------------------------------------------------------------------------ log_gate
+
+at::ScalarType wide(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+void check_log_gate(const Tensor& logits, double normalizer) {
+  TORCH_CHECK_TYPE(at::isFloatingType(logits.scalar_type()), "logits: expected a floating point dtype, given ", logits.scalar_type());
+  TORCH_CHECK_VALUE(normalizer > 0, "normalizer: expected a positive number, given ", normalizer);
+}
+
+Tensor log_gate(const Tensor& logits, double normalizer) {
+  check_log_gate(logits, normalizer);
+  const c10::DeviceGuard guard(logits.device());
+#ifdef GSA_WITH_CUDA
+  if (has_kernel(logits)) {
+    const Tensor in = logits.contiguous();
+    Tensor o = at::empty(logits.sizes(), logits.options().dtype(at::kFloat));
+    cuda::log_gate({in.numel(), normalizer, dtype_of(in), in.const_data_ptr(), nullptr, o.data_ptr(), stream_of(in)});
+    return o;
+  }
+#endif
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const Tensor g = at::log_sigmoid(logits.to(wide(logits)));
+  return normalizer == 1 ? g : g / normalizer;
+}
+
+Tensor log_gate_backward(const Tensor& d_g, const Tensor& logits, double normalizer) {
+  check_log_gate(logits, normalizer);
+  const c10::DeviceGuard guard(logits.device());
+#ifdef GSA_WITH_CUDA
+  if (has_kernel(logits) && d_g.scalar_type() == at::kFloat) {
+    const Tensor in = logits.contiguous(), cotangent = d_g.contiguous();
+    Tensor o = at::empty(logits.sizes(), logits.options());
+    cuda::log_gate({in.numel(), normalizer, dtype_of(in), in.const_data_ptr(), cotangent.const_data_ptr<float>(), o.data_ptr(), stream_of(in)});
+    return o;
+  }
+#endif
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  return (d_g / normalizer * at::sigmoid(-logits.to(wide(logits)))).to(logits.scalar_type());
+}
+
+Tensor log_gate_meta(const Tensor& logits, double normalizer) {
+  check_log_gate(logits, normalizer);
+  return at::empty_symint(logits.sym_sizes(), logits.options().dtype(wide(logits)));
+}
+Tensor log_gate_backward_meta(const Tensor&, const Tensor& logits, double) { return at::empty_symint(logits.sym_sizes(), logits.options()); }
+
+struct LogGate : torch::autograd::Function<LogGate> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& logits, double normalizer) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("gsa::log_gate", "").typed<decltype(log_gate)>();
+    ctx->save_for_backward({logits});
+    ctx->saved_data["normalizer"] = normalizer;
+    return op.call(logits, normalizer);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const Tensor logits = ctx->get_saved_variables()[0];
+    const double normalizer = ctx->saved_data["normalizer"].toDouble();
+    if (at::GradMode::is_enabled())  // of a gradient of a gradient
+      return {(grads[0] / normalizer * at::sigmoid(-logits.to(wide(logits)))).to(logits.scalar_type()), {}};
+    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("gsa::log_gate_backward", "").typed<decltype(log_gate_backward)>();
+    return {op.call(grads[0], logits, normalizer), {}};
+  }
+};
+
+Tensor log_gate_autograd(const Tensor& logits, double normalizer) { return LogGate::apply(logits, normalizer); }
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(gsa, m) {
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+  m.def("rotate(Tensor x, Tensor cos, Tensor sin, bool transposed=False) -> Tensor", tags);
+  m.def("log_gate(Tensor logits, float normalizer) -> Tensor", tags);
+  m.def("log_gate_backward(Tensor d_g, Tensor logits, float normalizer) -> Tensor", tags);
+}
+TORCH_LIBRARY_IMPL(gsa, CPU, m) {
+  m.impl("rotate", rotate);
+  m.impl("log_gate", log_gate);
+  m.impl("log_gate_backward", log_gate_backward);
+}
+TORCH_LIBRARY_IMPL(gsa, CUDA, m) {
+  m.impl("rotate", rotate);
+  m.impl("log_gate", log_gate);
+  m.impl("log_gate_backward", log_gate_backward);
+}
+TORCH_LIBRARY_IMPL(gsa, Meta, m) {
+  m.impl("rotate", rotate_meta);
+  m.impl("log_gate", log_gate_meta);
+  m.impl("log_gate_backward", log_gate_backward_meta);
+}
+TORCH_LIBRARY_IMPL(gsa, Autograd, m) {
+  m.impl("rotate", rotate_autograd);
+  m.impl("log_gate", log_gate_autograd);
+}
+
+}  // namespace gsa

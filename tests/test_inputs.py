@@ -1,0 +1,71 @@
+"""What a layer does to its projections before the op, in one pass each: torch.ops.gsa.rotate and log_gate, against torch's own operations."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.library import opcheck
+
+from gsa_ext.layer import log_gate
+from gsa_ext.testing import error
+
+dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=["fp64", "fp32", "bf16", "fp16"])
+
+
+def turned(x, cos, sin):
+    """In 16 bits x cos is rounded, the product with sin is not."""
+    n, wide = cos.shape[-1], torch.promote_types(x.dtype, torch.float32)
+    x1, x2 = x[..., : n // 2].to(wide), x[..., n // 2 : n].to(wide)
+    first = (x[..., :n] * cos[:, :, None]).to(wide)
+    return torch.cat([(first + torch.cat([-x2, x1], -1) * sin[:, :, None].to(wide)).to(x.dtype), x[..., n:]], -1)
+
+
+@pytest.mark.parametrize("B,T,H,D,n,batch", [(2, 5, 3, 64, 64, 1), (2, 5, 3, 80, 32, 2), (1, 7, 2, 20, 6, 1), (3, 70, 8, 128, 128, 3), (2, 0, 2, 8, 8, 1)])
+@dtypes
+def test_rotate(dtype, B, T, H, D, n, batch, device):
+    """Slices of a fused projection, a part of the head, angles for all rows or for each; to the bit in 16 bits. Its gradient is the way back."""
+    torch.manual_seed(0)
+    x = torch.randn(B, T, 2 * H, D, device=device).to(dtype)[:, :, H:]
+    angle = torch.randn(batch, T, n, device=device)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    leaf, cotangent = x.clone().requires_grad_(), torch.randn_like(x)
+    got = torch.ops.gsa.rotate(x, cos, sin)
+    (dx,) = torch.autograd.grad(torch.ops.gsa.rotate(leaf, cos, sin), leaf, cotangent)
+    for a, b in ((got, turned(x, cos, sin)), (dx, turned(cotangent, cos, -sin.roll(n // 2, -1)))):
+        assert a.dtype == dtype and (torch.equal(a, b) if dtype.itemsize == 2 else torch.allclose(a, b, rtol=1e-6, atol=1e-6))
+
+
+@pytest.mark.parametrize("normalizer", [1.0, 8.0])
+@pytest.mark.parametrize("count", [64, 7])
+@dtypes
+def test_log_gate(dtype, count, normalizer, device):
+    torch.manual_seed(0)
+    f = (8 * torch.randn(3, 5, count, device=device)).to(dtype)
+    f[0, 0, :4] = torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0])
+    got, wide = log_gate(f, normalizer), torch.float64 if dtype == torch.float64 else torch.float32
+    want = F.logsigmoid(f.to(wide)) / normalizer
+    assert got.dtype == wide and torch.allclose(got, want, rtol=1e-6, atol=1e-30, equal_nan=True)
+    f[0, 0, :4] = 1
+    leaf, cotangent = f.clone().requires_grad_(), torch.randn_like(want)
+    (df,) = torch.autograd.grad(log_gate(leaf, normalizer), leaf, cotangent)
+    assert df.dtype == dtype and error(df, cotangent.double() / normalizer * torch.sigmoid(-f.double())) < {8: 1e-12, 4: 1e-6, 2: 3e-3}[dtype.itemsize]
+
+
+def test_torch_knows_them(device):
+    x, cos = torch.randn(2, 3, 2, 8, device=device), torch.randn(1, 3, 4, device=device)
+    opcheck(torch.ops.gsa.rotate.default, (x.requires_grad_(), cos, cos + 1))
+    opcheck(torch.ops.gsa.log_gate.default, (torch.randn(2, 3, 4, device=device).bfloat16().requires_grad_(), 8.0))
+    y = torch.randn(1, 2, 1, 4, device=device, dtype=torch.float64, requires_grad=True)
+    angle = torch.randn(1, 2, 4, device=device, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda y: torch.ops.gsa.rotate(y, angle.cos(), angle.sin()), y)
+    assert torch.autograd.gradgradcheck(lambda y: torch.ops.gsa.log_gate(y, 2.0), y)
+
+
+def test_bad_input(device):
+    x, cos = torch.randn(2, 3, 2, 8, device=device), torch.randn(1, 3, 4, device=device)
+    for bad in ((x[0], cos, cos), (x, cos[:, :2], cos), (x, cos[..., :3], cos[..., :3]), (x, cos, cos[..., :2]), (x, cos[0], cos[0])):
+        with pytest.raises(ValueError, match="expected"):
+            torch.ops.gsa.rotate(*bad)
+    with pytest.raises(TypeError, match="floating point"):
+        torch.ops.gsa.log_gate(x.long(), 8.0)
+    with pytest.raises(ValueError, match="positive"):
+        torch.ops.gsa.log_gate(x, 0.0)
