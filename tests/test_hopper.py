@@ -1,4 +1,4 @@
-"""The kernels for Hopper, as walks through whole sequences and in parts: by itself a call is one or the other, by its number of heads."""
+"""The kernels for Hopper, as walks through whole sequences, in parts, and in parts for few heads: by itself a call is one of them, by its number of heads."""
 
 import itertools
 
@@ -13,14 +13,15 @@ pytestmark = pytest.mark.usefixtures("poisoned", "hopper")
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
-@pytest.fixture(params=["hopper", "parts"])
+@pytest.fixture(params=["hopper", "parts", "few"])
 def hopper(request, cuda, monkeypatch):
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("not a Hopper GPU")
     monkeypatch.setenv("GSA_KERNELS", request.param)
 
 
-in_parts = pytest.mark.parametrize("hopper", ["parts"], indirect=True)
+once = pytest.mark.parametrize("hopper", ["parts"], indirect=True)
+in_parts = pytest.mark.parametrize("hopper", ["parts", "few"], indirect=True)
 
 
 def kernels_of(f) -> set[str]:
@@ -30,11 +31,17 @@ def kernels_of(f) -> set[str]:
     return {event.name for event in profile.events()}
 
 
-@in_parts
+@once
 def test_the_environment_decides(cuda, monkeypatch):
-    """Few heads go in parts, many walk; GSA_KERNELS overrules it."""
+    """Few heads go in parts, the scans of long sequences as products and a pass; many walk; GSA_KERNELS overrules it."""
     few, many = make_inputs(1, 64, 2, dtype=BF16, device=cuda), make_inputs(4, 64, 33, dtype=BF16, device=cuda)
-    ways = {"parts": {"output_kernel", "keys_kernel"}, "hopper": {"forward_kernel", "fused_kernel"}, "portable": {"chunk_output", "backward_keys"}}
+    long, packed = make_inputs(1, 1024, 2, dtype=BF16, device=cuda), make_inputs(lengths=[600, 600], dtype=BF16, device=cuda)
+    ways = {
+        "parts": {"scan_kernel", "output_kernel", "keys_kernel"},
+        "few": {"products_kernel", "pass_kernel", "output_kernel", "keys_kernel"},
+        "hopper": {"forward_kernel", "fused_kernel"},
+        "portable": {"chunk_output", "backward_keys"},
+    }
 
     def way(x):
         names = kernels_of(lambda: testing.results(chunk_gsa, x))
@@ -44,7 +51,7 @@ def test_the_environment_decides(cuda, monkeypatch):
         monkeypatch.setenv("GSA_KERNELS", name)
         assert way(few) == way(many) == name
     monkeypatch.delenv("GSA_KERNELS")
-    assert (way(few), way(many)) == ("parts", "hopper")
+    assert [way(x) for x in (few, packed, long, many)] == ["parts", "parts", "few", "hopper"]
 
 
 @pytest.mark.parametrize("gate", ["zero", 8.0, 1.0, 0.1, "mixed", "-40", "-inf", "shut"])
@@ -114,12 +121,25 @@ def test_groups_of_heads(dtype, D, r, gate, mode, cuda):
     check(chunk_gsa, make_inputs(2, 150, 2 * r, 2, D, D, 48, mode=mode, gate=gate, dtype=dtype, device=cuda, initial_state=True))
 
 
-@in_parts
+@once
 @pytest.mark.parametrize("D,r", [(64, 4), (128, 1), (128, 3)])
 def test_a_block_for_all_heads_of_a_group(D, r, cuda):
     """Where there are chunks enough for the GPU, a block has the query heads of its group one after the other."""
     x = make_inputs(91, 70, 4 * r, 4, D, D, 16, mode="given", dtype=BF16, device=cuda, initial_state="broadcast")
     x["g"][1, 66:, 3] *= 200
+    check(chunk_gsa, x)
+
+
+@pytest.mark.parametrize("hopper", ["few"], indirect=True)
+@pytest.mark.parametrize("strong", [False, True])
+@pytest.mark.parametrize("dtype,D,M,r", [(BF16, 128, 64, 4), (BF16, 64, 24, 1), (FP16, 128, 40, 2), (FP16, 64, 64, 3)])
+def test_more_chunks_than_are_on_their_way(dtype, D, M, r, strong, cuda):
+    """Sequences that are over before the ring of chunks is full, just then and later; with strong gates a few chunks of several windows among the others."""
+    lengths = [0, 1600, 1, 1024, 0, 1025, 256, 250, 0]
+    x = make_inputs(lengths=lengths, HQ=2 * r, H=2, K=D, V=D, M=M, mode="given", dtype=dtype, device=cuda, initial_state=True)
+    if strong:
+        x["g"][:, 300:330, 0] = -torch.inf
+        x["g"][:, 2000:2200, 1, ::3] *= 200
     check(chunk_gsa, x)
 
 

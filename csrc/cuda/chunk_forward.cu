@@ -158,13 +158,14 @@ struct Beside {
 // The workspace after that. A group of query heads shares its gates, parts need them for every chunk; the states are made as backward would make them again,
 // which may find them kept.
 struct HopperPlan {
-  bool walks, images;
-  int64_t cut, states, bytes;   // offsets; the images are at 0
-  explicit HopperPlan(const Params& p) : walks(hopper_walks(p)), images(!hopper_fuses(p)) {
+  bool walks, images, few;
+  int64_t cut, states, products, bytes;   // offsets; the images are at 0
+  explicit HopperPlan(const Params& p) : walks(hopper_walks(p)), images(!hopper_fuses(p)), few(images && (!walks || p.boundary) && hopper_few(p)) {
     const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, chunk_length(p.q.dtype, p.math, p.M));
     cut = images ? arena(hopper_gates_bytes(p), 1) : 0;
     states = cut + (images && walks ? arena(p.N * p.H, 4) : 0);
-    bytes = states + (walks || p.boundary ? 0 : arena(slots * p.H * (p.K + p.V) * p.M, 2));
+    products = states + (walks || p.boundary ? 0 : arena(slots * p.H * (p.K + p.V) * p.M, 2));
+    bytes = products + (few ? arena(hopper_products_bytes(p), 1) : 0);
   }
 };
 
@@ -172,16 +173,17 @@ void forward_for_hopper(const ForwardParams& p) {
   const HopperPlan at(p);
   char* const images = static_cast<char*>(p.workspace);
   if (!at.images) return hopper_forward(p, p.boundary);
+  float* const products = at.few ? reinterpret_cast<float*>(images + at.products) : nullptr;
   hopper_gates(p, images);
   if (!at.walks) {
     void* const states = p.boundary ? p.boundary : images + at.states;
-    hopper_states(p, images, states);
+    hopper_states(p, images, states, products);
     return hopper_output(p, states, images);
   }
   if (p.boundary) {
     ForwardParams states_only{};
     static_cast<Params&>(states_only) = p;
-    hopper_states(states_only, images, p.boundary);
+    hopper_states(states_only, images, p.boundary, products);
   }
   hopper_forward(p, nullptr, images, reinterpret_cast<int*>(images + at.cut));
 }

@@ -18,10 +18,15 @@ void hopper_forward(const ForwardParams& p, void* boundary, const void* images =
 // What depends on the gates alone: a GateImage (core/hopper.cuh) for each chunk and key/value head.
 int64_t hopper_gates_bytes(const Params& p);
 void hopper_gates(const Params& p, void* images);
-// After hopper_gates: the boundary states, and the final states that p asks for.
-void hopper_states(const ForwardParams& p, const void* images, void* boundary);
+// After hopper_gates: the boundary states, and the final states that p asks for. products: room for hopper_products_bytes where hopper_few, else nullptr.
+void hopper_states(const ForwardParams& p, const void* images, void* boundary, float* products);
 // After hopper_states: o.
 void hopper_output(const ForwardParams& p, const void* boundary, const void* images);
+
+// Whether the scans over the chunks (hopper_states, hopper_cotangents) are hopper_few.cu's: few sequences and heads, each with many chunks. Asked for a whole call,
+// forward or backward: the two ways' states differ in their last bits.
+bool hopper_few(const Params& p);
+int64_t hopper_products_bytes(const Params& p);
 
 int64_t hopper_backward_workspace(const Params& p);
 void hopper_backward(const BackwardParams& p);
@@ -33,11 +38,20 @@ void hopper_fused(const BackwardParams& p, const void* boundary);
 // the parts leave for each other (Backward, core/hopper.cuh).
 struct BackwardWorkspace {
   void *gates, *saved, *E0;
-  float* edge;
+  float *edge, *products;  // products: as in hopper_states
 };
 void hopper_queries(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w);
 void hopper_cotangents(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w);
 void hopper_keys(const BackwardParams& p, const BackwardWorkspace& w);
 void hopper_windows(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w);
+
+// What hopper_states and, in reverse, hopper_cotangents are where there is room for products. Where the states begin and end: [N, H, K, M] and [N, H, M, V],
+// nullptr: zero; not wanted.
+struct ScanEnds {
+  const void* first[2];
+  void* last[2];
+  bool broadcast;
+};
+void hopper_scan_few(const BackwardParams& p, bool reverse, const ScanEnds& ends, void* boundary, const BackwardWorkspace& w);
 
 }  // namespace gsa::cuda

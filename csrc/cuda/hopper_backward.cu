@@ -9,8 +9,8 @@ namespace {
 int slices(const Params& p) { return !hopper_fuses(p) && !p.cu_seqlens && p.N % 2 == 0 && p.N * p.H >= 64 ? 2 : 1; }
 
 struct Plan {
-  int64_t boundary = 0, gates = 0, saved = 0, E0 = 0, edge = 0, bytes = 0;
-  explicit Plan(const Params& p) {
+  int64_t boundary = 0, gates = 0, saved = 0, E0 = 0, edge = 0, products = 0, bytes = 0;
+  Plan(const Params& p, bool few) {
     auto take = [&](int64_t n) {
       const int64_t at = bytes;
       bytes += (n + 255) / 256 * 256;
@@ -23,6 +23,7 @@ struct Plan {
     saved = take(slots * p.HQ * static_cast<int64_t>(sizeof(hopper::Saved<half>)));
     E0 = take(chunks * 3 * 64 * p.K * 2);
     edge = take(chunks * 2 * p.K * 4);
+    if (few) products = take(hopper_products_bytes(p));
   }
 };
 
@@ -45,14 +46,15 @@ BackwardParams sequences(const BackwardParams& p, int64_t n, int64_t count) {
 int64_t hopper_backward_workspace(const Params& p) {
   Params part = p;
   part.B /= slices(p), part.N /= slices(p);
-  return Plan(part).bytes;
+  return Plan(part, hopper_few(p)).bytes;
 }
 
 void hopper_backward(const BackwardParams& whole) {
   const int count = slices(whole);
+  const bool few = hopper_few(whole);
   for (int i = 0; i < count; ++i) {
     const BackwardParams p = count == 1 ? whole : sequences(whole, whole.N / count * i, whole.N / count);
-    const Plan plan(p);
+    const Plan plan(p, few);
     char* base = static_cast<char*>(p.workspace);
     void* boundary = p.boundary ? p.boundary : base + plan.boundary;
     ForwardParams states_only{};
@@ -62,9 +64,10 @@ void hopper_backward(const BackwardParams& whole) {
       hopper_fused(p, boundary);
       continue;
     }
-    const BackwardWorkspace w{base + plan.gates, base + plan.saved, base + plan.E0, reinterpret_cast<float*>(base + plan.edge)};
+    float* const products = few ? reinterpret_cast<float*>(base + plan.products) : nullptr;
+    const BackwardWorkspace w{base + plan.gates, base + plan.saved, base + plan.E0, reinterpret_cast<float*>(base + plan.edge), products};
     hopper_gates(p, w.gates);
-    if (!p.boundary) hopper_states(states_only, w.gates, boundary);
+    if (!p.boundary) hopper_states(states_only, w.gates, boundary, products);
     hopper_queries(p, boundary, w);
     hopper_cotangents(p, boundary, w);
     hopper_keys(p, w);

@@ -261,9 +261,10 @@ bool hopper_takes(const Params& p) {
 
 // With few blocks the parts, which cut a sequence into chunks, use more of the GPU.
 bool hopper_walks(const Params& p) {
-  if (!hopper_takes(p) || wanted_kernels() == Kernels::parts) return false;
+  const Kernels wanted = wanted_kernels();
+  if (!hopper_takes(p) || wanted == Kernels::parts || wanted == Kernels::few) return false;
   const int64_t blocks = p.N * p.HQ, at_once = hopper_multiprocessors();
-  return wanted_kernels() == Kernels::hopper || blocks * 10 >= ceil_div(blocks, at_once) * at_once * 7;
+  return wanted == Kernels::hopper || blocks * 10 >= ceil_div(blocks, at_once) * at_once * 7;
 }
 void hopper_forward(const ForwardParams& p, void* boundary, const void* images, int* cut) {
   select_hopper(p, [&]<class E, int D>() {

@@ -8,8 +8,8 @@
 //     X: k, v                                                    X: q, d_o
 //
 // S and the two factors come from hopper_gates.cu, Y from hopper_queries.cu: of a chunk of several windows relative to each window's reference, so that here it is made
-// one relative to the chunk's beginning. Tiles come two steps (a chunk and query head)
-// ahead, or five, where there is one block on a multiprocessor: what a step takes is mostly their latency.
+// one relative to the chunk's beginning. Tiles come two steps (a chunk and query head) ahead, or five, where there is one block on a multiprocessor. Few sequences and
+// heads leave most of the GPU idle: hopper_few.cu.
 #include "core/hopper.cuh"
 #include "core/select.cuh"
 #include "hopper.h"
@@ -28,29 +28,8 @@ struct ScanShared {
 };
 static_assert(sizeof(ScanShared<bf16, 3>) <= 113 * 1024 && sizeof(ScanShared<bf16, 6>) <= 227 * 1024);
 
-// Where the states begin and end: [N, H, K, M] and [N, H, M, V], nullptr: zero; not wanted.
-struct Ends {
-  const void* first[2];
-  void* last[2];
-  bool broadcast;
-};
-
-// A tile Y of a chunk of several windows: rows relative to each window's reference become relative to the chunk's beginning.
-template <class E>
-[[maybe_unused]] __device__ __noinline__ void from_the_beginning(E (&Y)[2][kTile], const float* factors, int64_t tokens) {
-  const int i = threadIdx.x / 2;
-  if (i < tokens)  // zero behind
-    for (int slot = threadIdx.x % 2 * 32, last = slot + 32; slot < last; slot += 2) {
-      uint32_t &hi = *reinterpret_cast<uint32_t*>(at(Y[0], i, slot)), &lo = *reinterpret_cast<uint32_t*>(at(Y[1], i, slot));
-      const float2 a = unpack<E>(hi), b = unpack<E>(lo), f = *reinterpret_cast<const float2*>(factors + i * kSlots + slot);
-      Arith<E>::split_pair((a.x + b.x) * f.x, (a.y + b.y) * f.y, hi, lo);
-    }
-  publish();
-  __syncthreads();
-}
-
 template <class E, int D, bool reverse, int STAGES>
-__global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ Ends ends,
+__global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ ScanEnds ends,
                                                                              E* boundary, const __grid_constant__ Backward<E> w) {
 #if GSA_HOPPER
   extern __shared__ __align__(1024) char memory[];
@@ -184,7 +163,8 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
 }
 
 template <bool reverse>
-void scan(const BackwardParams& p, const Ends& ends, void* boundary, const BackwardWorkspace& w) {
+void scan(const BackwardParams& p, const ScanEnds& ends, void* boundary, const BackwardWorkspace& w) {
+  if (w.products) return hopper_scan_few(p, reverse, ends, boundary, w);
   select_hopper(p, [&]<class E, int D>() {
     const int64_t blocks = p.N * p.H * 2 * (D / 64);
     auto run = [&]<int STAGES>() {
@@ -197,10 +177,10 @@ void scan(const BackwardParams& p, const Ends& ends, void* boundary, const Backw
 
 }  // namespace
 
-void hopper_states(const ForwardParams& p, const void* images, void* boundary) {
+void hopper_states(const ForwardParams& p, const void* images, void* boundary, float* products) {
   BackwardParams b{};
   static_cast<Params&>(b) = p;
-  scan<false>(b, {{p.hk0, p.hv0}, {p.hkT, p.hvT}, p.h0_broadcast}, boundary, {const_cast<void*>(images), nullptr, nullptr, nullptr});
+  scan<false>(b, {{p.hk0, p.hv0}, {p.hkT, p.hvT}, p.h0_broadcast}, boundary, {const_cast<void*>(images), nullptr, nullptr, nullptr, products});
 }
 
 void hopper_cotangents(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w) {

@@ -835,6 +835,21 @@ struct Backward {
       : saved(static_cast<Saved<E>*>(w.saved)), gates(static_cast<GateImage<E>*>(w.gates)), E0(static_cast<E*>(w.E0)), edge(w.edge) {}
 };
 
+// A tile Y of a chunk of several windows: rows relative to each window's reference become relative to the chunk's beginning.
+// By a block of 128 threads; `factors`: GateImage::R.
+template <class E>
+[[maybe_unused]] __device__ __noinline__ void from_the_beginning(E (&Y)[2][kTile], const float* factors, int64_t tokens) {
+  const int i = threadIdx.x / 2;
+  if (i < tokens)  // zero behind
+    for (int slot = threadIdx.x % 2 * 32, last = slot + 32; slot < last; slot += 2) {
+      uint32_t &hi = *reinterpret_cast<uint32_t*>(at(Y[0], i, slot)), &lo = *reinterpret_cast<uint32_t*>(at(Y[1], i, slot));
+      const float2 a = unpack<E>(hi), b = unpack<E>(lo), f = *reinterpret_cast<const float2*>(factors + i * kSlots + slot);
+      Arith<E>::split_pair((a.x + b.x) * f.x, (a.y + b.y) * f.y, hi, lo);
+    }
+  publish();
+  __syncthreads();
+}
+
 // Two neighbouring elements of a gradient, in its type: E, or fp32 for gates that are.
 template <class E>
 __device__ inline void store_pair(const View& v, int64_t i, float x, float y) {

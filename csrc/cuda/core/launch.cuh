@@ -36,13 +36,13 @@ inline int shared_memory() {
   return bytes;
 }
 
-// Which of the chunk kernels run: GSA_KERNELS=portable, =hopper (walks, where there is one) or =parts (for Hopper, never a walk) in the environment, for tests and
-// measurements; else whichever is the fastest.
-enum class Kernels { automatic, portable, hopper, parts };
+// Which of the chunk kernels run: GSA_KERNELS=portable, =hopper (walks, where there is one), =parts (for Hopper, never a walk; the scans over chunks in one kernel) or
+// =few (the same, the scans in two: hopper_few.cu) in the environment, for tests and measurements; else whichever is the fastest.
+enum class Kernels { automatic, portable, hopper, parts, few };
 inline Kernels wanted_kernels() {
   const char* name = std::getenv("GSA_KERNELS");
   const std::string_view x = name ? name : "";
-  return x == "portable" ? Kernels::portable : x == "hopper" ? Kernels::hopper : x == "parts" ? Kernels::parts : Kernels::automatic;
+  return x == "portable" ? Kernels::portable : x == "hopper" ? Kernels::hopper : x == "parts" ? Kernels::parts : x == "few" ? Kernels::few : Kernels::automatic;
 }
 
 // Multiprocessors of the current device, if it runs code for sm_90a and this build has any; else 0.
