@@ -46,7 +46,8 @@ class Shape(NamedTuple):
 
 GPU = [
     (4, 4096, 32, 32, 128, 64), (4, 4096, 32, 8, 128, 64), (4, 4096, 32, 32, 128, 128), (4, 4096, 32, 8, 128, 128),
-    (8, 2048, 32, 32, 128, 64), (1, 16384, 32, 32, 128, 64), (1, 65536, 32, 8, 128, 64), (8, 4096, 16, 16, 64, 64), (16, 2048, 4, 4, 512, 64),
+    (8, 2048, 32, 32, 128, 64), (1, 16384, 32, 32, 128, 64), (1, 65536, 32, 32, 128, 64), (1, 65536, 32, 8, 128, 64), (8, 4096, 16, 16, 64, 64),
+    (16, 2048, 4, 4, 512, 64), (4, 4096, 4, 4, 512, 64),
 ]  # fmt: skip
 CPU = [(1, T, 8, 8, 64, 64) for T in (1024, 2048, 4096, 8192, 16384, 32768)]
 
@@ -72,13 +73,13 @@ def main() -> int:
         print(f"{name:<14}{value}")
     print()
 
-    rows = []
+    rows: list[dict[str, Any]] = []
+    args.out.mkdir(parents=True, exist_ok=True)
+    stem = args.out / f"{device.type}-{time.strftime('%Y%m%d-%H%M%S')}"
     for dtype in dtypes:
         for numbers in shapes:
             rows += sequence(Shape(*numbers, dtype), device, not args.no_peers, args.peer_errors)
-    args.out.mkdir(parents=True, exist_ok=True)
-    stem = args.out / f"{device.type}-{time.strftime('%Y%m%d-%H%M%S')}"
-    stem.with_suffix(".json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+            stem.with_suffix(".json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     plot(rows, about, stem.with_suffix(".png"))
     print(f"\nwritten: {stem}.json, {stem}.png")
     wrong = [row for row in rows if not row["correct"]]

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.__main__ import commit
+from benchmarks.__main__ import provenance
 from gsa_ext import GatedSlotAttention
-from gsa_ext.cli.info import facts
 
 LAYERS = ("layer", "t2r", "paper", "liger", "t2r-window")
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::linear", "aten::matmul", "aten::bmm", "aten::linear_backward", "aten::mkldnn_linear")
 GEMMS = ("nvjet", "gemm", "xmma", "cutlass", "cublas", "splitK")
+INPUTS = ("gsa::rotate", "gsa::log_gate", "gsa::log_gate_backward")         # beside the op
 COPIES = ("_to_copy", "clone", "copy_", "cat", "contiguous", "repeat", "index_select")
 
 
@@ -44,10 +44,7 @@ def main() -> int:
     if args.compile and device.type == "cpu":
         parser.error("--compile: on a GPU only, where kernels can be told apart")
     shape = tuple(map(int, (args.shape or ("4,4096,4096,32,8,64" if device.type == "cuda" else "1,256,128,4,2,16")).split(",")))
-    about = {**facts(), "commit": commit(), "shape": dict(zip(("B", "T", "hidden", "HQ", "H", "M"), shape)), "dtype": args.dtype,
-             "date": time.strftime("%Y-%m-%d %H:%M")}
-    for name in ("gsa_ext", "python"):
-        about[name] = about[name].split(",")[0]                          # and not where it is
+    about = {**provenance(), "shape": dict(zip(("B", "T", "hidden", "HQ", "H", "M"), shape)), "dtype": args.dtype}
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"layer-{device.type}-{time.strftime('%Y%m%d-%H%M%S')}.json"
     rows = []
@@ -141,13 +138,13 @@ def split(events: Any, cuda: bool) -> tuple[dict[str, float], Counter[str], int]
         while parent is not None:
             lineage.append(parent.name)
             parent = parent.cpu_parent
-        if any(name.startswith("gsa::") for name in lineage):
+        if any(name.startswith("gsa::") and name not in INPUTS for name in lineage):
             parts["op"] += spent
         elif any(name in PRODUCTS for name in lineage):
             parts["projections"] += spent
         else:
             parts["rest"] += spent
-            rest[next((name for name in lineage if name.startswith("aten::")), event.name)] += spent
+            rest[next((name for name in lineage if name.startswith(("aten::", "gsa::"))), event.name)] += spent
     return parts, rest, launches
 
 
@@ -158,7 +155,8 @@ def by_kernel(events: Any) -> tuple[dict[str, float], Counter[str], int]:
         if str(event.device_type) == "DeviceType.CPU" or getattr(event, "is_user_annotation", False):
             continue
         launches += 1
-        part = "op" if "gsa::" in event.name else "projections" if any(mark in event.name for mark in GEMMS) else "rest"
+        ours = "gsa::" in event.name and not any(mark in event.name for mark in ("rotate_kernel", "log_gate_kernel"))
+        part = "op" if ours else "projections" if any(mark in event.name for mark in GEMMS) else "rest"
         parts[part] += event.self_device_time_total
         if part == "rest":
             rest[event.name.split("(")[0][:60]] += event.self_device_time_total

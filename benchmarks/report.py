@@ -21,11 +21,11 @@ class Report:
     Args:
         out: directory. name: of the files, before device and time. device: cpu or cuda.
         seconds: how long new rows may be started, see :meth:`late`.
-        plot: called with the rows, what is known about machine and build, and the path of the picture.
+        plot: called with the rows, what is known about machine and build, and the path of the picture; None: there is no picture.
         more: what else the file says about the run.
     """
 
-    def __init__(self, out: Path, name: str, device: str, seconds: float, plot: Callable[[Rows, dict[str, str], Path], None], **more: Any) -> None:
+    def __init__(self, out: Path, name: str, device: str, seconds: float, plot: Callable[[Rows, dict[str, str], Path], None] | None, **more: Any) -> None:
         self.end, self.plot, self.more, self.rows = time.monotonic() + seconds, plot, more, Rows()
         self.about = provenance()
         self.about.update({key: value for key, value in more.items() if isinstance(value, str)})
@@ -54,6 +54,7 @@ class Report:
 
     def __exit__(self, *error: Any) -> None:
         signal.signal(signal.SIGTERM, self.before)
-        if self.rows:
+        if self.rows and self.plot:
             self.plot(self.rows, self.about, self.stem.with_suffix(".png"))
-            print(f"\nwritten: {self.stem}.json, {self.stem}.png", flush=True)
+        if self.rows:
+            print(f"\nwritten: {self.stem}.json" + (f", {self.stem}.png" if self.plot else ""), flush=True)
