@@ -62,10 +62,6 @@ __global__ __launch_bounds__(kThreads, 2) void queries_kernel(const __grid_const
   // Everything is on its way before anything is waited for.
   GateImage<E>& image = w.gates[c.slot * p.H + head];
   const bool cut = image.cut;
-  if (threadIdx.x == 0) {
-    init(&m.S_full, 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  }
   load_tokens<D, kThreads>(m.A[0], rows_of(p.q, c, first_head), c.length, threadIdx.x);
   load_tokens<D, kThreads>(m.B[0], rows_of(p.k, c, head), c.length, threadIdx.x);
   for (int side = 0; side < 2; ++side) load_state<D, kThreads>(m.H[side], states + side * int64_t(D) * p.M, p.M, threadIdx.x);
@@ -75,6 +71,8 @@ __global__ __launch_bounds__(kThreads, 2) void queries_kernel(const __grid_const
   cp_async_commit();
   if (!cut) {
     if (threadIdx.x == 0) {
+      init(&m.S_full, 1);
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
       arrive_expecting(&m.S_full, sizeof(m.S));
       bulk_load(m.S, image.S, sizeof(m.S), &m.S_full);
     }

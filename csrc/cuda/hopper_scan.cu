@@ -137,6 +137,11 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
       if (step == first) {
         if (!reverse) {
           store_state<64>(state_of(slot), out, p.M, threadIdx.x);
+        } else if (f.cut) {  // hopper_windows.cu reads it as plain memory
+          for (int part = 0; part <= side; ++part) {
+            uint4* to = reinterpret_cast<uint4*>(w.E0 + (at * 3 + (part ? 2 : side)) * 64 * D + slice * kTile);
+            for (int i = threadIdx.x; i < kTile / 8; i += kThreads) to[i] = reinterpret_cast<const uint4*>(out + part * kTile)[i];
+          }
         } else if (threadIdx.x == 0) {
           bulk_store(w.E0 + (at * 3 + side) * 64 * D + slice * kTile, out, kTile * 2);
           if (side) bulk_store(w.E0 + (at * 3 + 2) * 64 * D + slice * kTile, out + kTile, kTile * 2);

@@ -127,7 +127,7 @@ __device__ __forceinline__ void side(const BackwardParams& p, WindowsShared<E, D
           state_products(sum, H, dH, warp);
           sum[0] *= w.in[row], sum[1] *= w.in[row + 8];
           if ((lane_id() & 3) == 0) m.edge[values][row] = sum[0], m.edge[values][row + 8] = sum[1];
-          arrive_warp(&m.H_free[values]);
+          arrive(&m.H_free[values]);
         }
       }
 
@@ -175,7 +175,7 @@ __device__ __forceinline__ void side(const BackwardParams& p, WindowsShared<E, D
             hand_over(dx);
             hand_over(dH);
           }
-          if (h + 1 < r) arrive_warp(&m.head_free);
+          if (h + 1 < r) arrive(&m.head_free);
         }
         scale_rows(dH, w.in[row], w.in[row + 8]);
         store_window<E>(rows_of(values ? p.dv : p.dk, c, head), dx, warp, begin, end);
@@ -221,7 +221,7 @@ __device__ __forceinline__ void side(const BackwardParams& p, WindowsShared<E, D
           }
         products_wait<0>();
         hand_over(inner);
-        arrive_warp(&m.head_free);
+        arrive(&m.head_free);
       }
       float outer[8][4];
       hand_over(outer);
@@ -258,7 +258,7 @@ __device__ __forceinline__ void side(const BackwardParams& p, WindowsShared<E, D
           for (int t = 0; t < 8; ++t) T[t][2 * h] = T[t][2 * h + 1] = 0.f;
       products_wait<0>();
       hand_over(outer);
-      arrive_warp(&m.B_free[values]);
+      arrive(&m.B_free[values]);
 #pragma unroll
       for (int t = 0; t < 8; ++t)
 #pragma unroll
@@ -317,7 +317,7 @@ __device__ __forceinline__ void side(const BackwardParams& p, WindowsShared<E, D
             dg[t][2 * h] -= (1.f - S.x * f.x) * ds[t][2 * h], dg[t][2 * h + 1] -= (1.f - S.y * f.y) * ds[t][2 * h + 1];
           }
       }
-      arrive_warp(&m.window_free);
+      arrive(&m.window_free);
       // The keys' side writes dg, the values' ds: each gives the other its part.
 #pragma unroll
       for (int t = 0; t < 8; ++t)
@@ -346,7 +346,7 @@ __device__ __forceinline__ void side(const BackwardParams& p, WindowsShared<E, D
         }
       }
       sync(kBoth, 256);  // both have read it
-      arrive_warp(&m.E_free);
+      arrive(&m.E_free);
     }
   }
 }
@@ -368,8 +368,8 @@ __global__ __launch_bounds__(384, 1) void windows_kernel(const __grid_constant__
   const int r = p.HQ / p.H;
   const int role = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), tid = threadIdx.x % 128;
   if (threadIdx.x == 0) {
-    init(&m.full, 128), init(&m.head_full, 129), init(&m.window_free, 8), init(&m.head_free, 8), init(&m.E_free, 8);
-    for (int i = 0; i < 2; ++i) init(m.B_free + i, 4), init(m.H_free + i, 4);
+    init(&m.full, 128), init(&m.head_full, 129), init(&m.window_free, 256), init(&m.head_free, 256), init(&m.E_free, 256);
+    for (int i = 0; i < 2; ++i) init(m.B_free + i, 128), init(m.H_free + i, 128);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
