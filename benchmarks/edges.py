@@ -63,7 +63,7 @@ def passes(x: dict[str, Any], **more: Any) -> dict[str, Callable[[int], Any]]:
 def first_call(shape: Shape, device: torch.device) -> dict[str, Any]:
     both, times = passes(make(shape, device, 0))["both"], []
     x = torch.randn(8, device=device, requires_grad=True)
-    torch.autograd.grad(x.square().sum(), x)                # autograd's threads
+    torch.autograd.grad(x.square(), x, torch.ones_like(x))  # autograd's threads, and what torch imports (sympy) to look at a cotangent it is given
     for turn in range(4):
         if device.type == "cuda":
             torch.cuda.synchronize()
