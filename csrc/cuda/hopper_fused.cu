@@ -19,7 +19,8 @@
 //     dg_t = sum_{u >= t} (e_u - s_u inner_u) + sum_{j < t} s_j outer_j + exp(G_end) <H, dH>     (products with triangles of ones)
 // Neither e nor inner has the diagonal, and what comes from after the chunk is summed from the front: nothing large is left to cancel (chunk_backward.cu).
 //
-// What has to be more exact than 16 bits is an operand in two parts (16 + 16 bits): X in the scores, S, Y, W and E of the values, the terms of dg. A third warpgroup brings the tokens and the states and makes the windows (core/hopper.cuh).
+// What has to be more exact than 16 bits is an operand in two parts (16 + 16 bits): X in the scores, S, Y, W and E of the values, the terms of dg. A third warpgroup
+// brings the tokens and the states and makes the windows (core/hopper.cuh).
 //
 //     shared memory                    written by     read by       barriers (full / free)
 //     A, B, H [side], window           loader         each side     full / A_free, B_free, H_free [side], window_free; exchange_free, where it makes a window's

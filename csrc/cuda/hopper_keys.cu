@@ -1,5 +1,6 @@
-// Chunked backward for Hopper (sm_90a), last part: the gradients of k, v, s and g. A chunk of several windows is left to hopper_windows.cu. One block for each chunk and key/value head, first its keys, then its
-// values; S, R are those of hopper_gates.cu, Y (Yk, Yv) and e of hopper_queries.cu, E and the edges of hopper_scan.cu.
+// Chunked backward for Hopper (sm_90a), last part: the gradients of k, v, s and g. One block for each chunk and key/value head, first its keys, then its values;
+// S, R are those of hopper_gates.cu, Y (Yk, Yv) and e of hopper_queries.cu, E and the edges of hopper_scan.cu. A chunk of several windows is left to
+// hopper_windows.cu.
 //
 //                            keys                               values
 //     A, B                   q, k                               d_o, v

@@ -1,6 +1,7 @@
-// Chunked backward for Hopper (sm_90a), instead of hopper_keys.cu for a chunk and key/value head with several windows (strong gates, resets): its mathematics, windows
-// from the last to the first, the cotangents dH of the state in registers. E after the chunk is that of hopper_scan.cu, Y and e are those of hopper_queries.cu. One
-// block on a multiprocessor does every so manieth chunk that has to be done. Two warpgroups have the same form, one for the keys, one for the values:
+// Chunked backward for Hopper (sm_90a), instead of hopper_keys.cu for a chunk and key/value head with several windows (strong gates, resets): its mathematics,
+// windows from the last to the first, the cotangents dH of the state in registers. dH after the chunk is the E of hopper_scan.cu, Y and e are those of
+// hopper_queries.cu. One block on each multiprocessor, which finds the chunks to do among those that are its share. Two warpgroups have the same form, one for the
+// keys, one for the values:
 //
 //                            keys                               values
 //     A, B, H                q, k, Hk                           d_o, v, Hv               H before the window
@@ -15,7 +16,9 @@
 //     shared memory                    written by     read by       barriers (full / free)
 //     window, B, H [side]              loader         each side     full / window_free, B_free, H_free [side]
 //     A [side], Y [side]               loader         each side     head_full / head_free
-//     E [side]: E, then terms of dg, then ds or dg for the other side: its side, behind its own barrier and that of both
+//     E [side]: E, then terms of dg, then ds or dg for the other side: its side, behind its own barrier and that of both; E_free, where the loader makes a window's
+//                                      state from the chunk's in it
+//     several                          all            all           -
 #include "core/hopper.cuh"
 #include "core/select.cuh"
 #include "hopper.h"
@@ -25,7 +28,7 @@ namespace {
 
 using namespace hopper;
 
-constexpr int kWords = 128;
+constexpr int kWords = 128;  // of 32 chunks and heads each: a block's share
 [[maybe_unused]] constexpr int kBoth = 4;  // the barrier of both sides
 
 template <class E, int D>
