@@ -56,17 +56,17 @@ def test_the_environment_decides(cuda, monkeypatch):
 
 @pytest.mark.parametrize("gate", ["zero", 8.0, 1.0, 0.1, "mixed", "-40", "-inf", "shut"])
 @pytest.mark.parametrize("mode", ["coupled", "given"])
-@pytest.mark.parametrize("dtype,D", [(BF16, 64), (BF16, 128), (FP16, 64)])
-def test_gates(dtype, D, mode, gate, cuda):
-    check(chunk_gsa, make_inputs(1, 150, 2, 1, D, D, 32, mode=mode, gate=gate, dtype=dtype, device=cuda, initial_state=True))
+@pytest.mark.parametrize("dtype,D,M", [(BF16, 64, 32), (BF16, 128, 32), (FP16, 64, 32), (BF16, 128, 104)])
+def test_gates(dtype, D, M, mode, gate, cuda):
+    check(chunk_gsa, make_inputs(1, 150, 2, 1, D, D, M, mode=mode, gate=gate, dtype=dtype, device=cuda, initial_state=True))
 
 
 @pytest.mark.parametrize("r", [1, 2])
-@pytest.mark.parametrize("kernels", ["hopper", ""])
-def test_small_cotangents_beside_strong_gates(kernels, r, cuda, monkeypatch):
+@pytest.mark.parametrize("kernels,M", [("hopper", 64), ("", 64), ("", 128)])
+def test_small_cotangents_beside_strong_gates(kernels, M, r, cuda, monkeypatch):
     """A mean's cotangents are as small as 2^-30: nothing that they are multiplied with may push them below what a number of 16 bits can hold."""
     monkeypatch.setenv("GSA_KERNELS", kernels)
-    x = make_inputs(2, 200, 2 * r, 2, 128, 128, 64, gate="shut", mode="given", dtype=BF16, device=cuda)
+    x = make_inputs(2, 200, 2 * r, 2, 128, 128, M, gate="shut", mode="given", dtype=BF16, device=cuda)
     leaves = {name: x[name].requires_grad_() for name in "qkvsg"}
     o = chunk_gsa(**x)[0]
     cotangent = torch.randn_like(o)
@@ -78,7 +78,7 @@ def test_small_cotangents_beside_strong_gates(kernels, r, cuda, monkeypatch):
 
 
 @pytest.mark.parametrize("T", [1, 63, 64, 65, 300])
-@pytest.mark.parametrize("M", [8, 40, 64])
+@pytest.mark.parametrize("M", [8, 40, 64, 72, 128])
 def test_lengths_and_slots(T, M, cuda):
     check(chunk_gsa, make_inputs(2, T, 2, 2, 64, 64, M, mode="given", dtype=BF16, device=cuda, initial_state=True))
 
@@ -92,9 +92,9 @@ def test_packed(state, mode, r, cuda):
 
 
 @pytest.mark.parametrize("tau", testing.PEER)
-@pytest.mark.parametrize("dtype", [BF16, FP16])
-def test_figures_of_the_best_published_kernels(dtype, tau, cuda):
-    x = make_inputs(1, 512, 2, 2, 128, 128, 64, gate=tau, mode="given", dtype=dtype, device=cuda)
+@pytest.mark.parametrize("dtype,M", [(BF16, 64), (FP16, 64), (BF16, 128)])
+def test_figures_of_the_best_published_kernels(dtype, M, tau, cuda):
+    x = make_inputs(1, 512, 2, 2, 128, 128, M, gate=tau, mode="given", dtype=dtype, device=cuda)
     x["s"] = -torch.expm1(x["g"].float()).to(x["s"])
     check(chunk_gsa, x, allowed=testing.PEER[tau])
 
@@ -104,10 +104,10 @@ def test_wide_gates_beside_narrow_inputs(cuda):
         check(chunk_gsa, make_inputs(1, 70, 2, 1, 64, 64, 16, mode=mode, dtype=BF16, gate_dtype=torch.float32, initial_state=True, device=cuda))
 
 
-@pytest.mark.parametrize("r", [1, 3])
-def test_same_bits_again_and_at_any_checkpoint_level(r, cuda):
+@pytest.mark.parametrize("r,M", [(1, 64), (3, 64), (2, 128)])
+def test_same_bits_again_and_at_any_checkpoint_level(r, M, cuda):
     for gate in (8.0, 0.1):
-        x = make_inputs(2, 200, 2 * r, 2, 128, 128, 64, gate=gate, dtype=BF16, device=cuda, initial_state=True)
+        x = make_inputs(2, 200, 2 * r, 2, 128, 128, M, gate=gate, dtype=BF16, device=cuda, initial_state=True)
         runs = [testing.results(lambda **y: chunk_gsa(**y, checkpoint_level=level), x) for level in (2, 2, 0)]  # noqa: B023
         for name, other in itertools.product(runs[0], runs[1:]):
             assert torch.equal(runs[0][name], other[name]), name
@@ -116,23 +116,24 @@ def test_same_bits_again_and_at_any_checkpoint_level(r, cuda):
 @in_parts
 @pytest.mark.parametrize("mode", ["coupled", "given"])
 @pytest.mark.parametrize("gate", [8.0, 0.1, "-inf"])
-@pytest.mark.parametrize("dtype,D,r", [(BF16, 64, 1), (BF16, 128, 1), (BF16, 64, 3), (BF16, 128, 4), (FP16, 128, 2)])
-def test_groups_of_heads(dtype, D, r, gate, mode, cuda):
-    check(chunk_gsa, make_inputs(2, 150, 2 * r, 2, D, D, 48, mode=mode, gate=gate, dtype=dtype, device=cuda, initial_state=True))
+@pytest.mark.parametrize("dtype,D,M,r", [(BF16, 64, 48, 1), (BF16, 128, 48, 1), (BF16, 64, 48, 3), (BF16, 128, 48, 4), (FP16, 128, 48, 2), (BF16, 128, 128, 4),
+                                         (FP16, 64, 112, 2)])
+def test_groups_of_heads(dtype, D, M, r, gate, mode, cuda):
+    check(chunk_gsa, make_inputs(2, 150, 2 * r, 2, D, D, M, mode=mode, gate=gate, dtype=dtype, device=cuda, initial_state=True))
 
 
 @once
-@pytest.mark.parametrize("D,r", [(64, 4), (128, 1), (128, 3)])
-def test_a_block_for_all_heads_of_a_group(D, r, cuda):
+@pytest.mark.parametrize("D,M,r", [(64, 16, 4), (128, 16, 1), (128, 16, 3), (128, 72, 3)])
+def test_a_block_for_all_heads_of_a_group(D, M, r, cuda):
     """Where there are chunks enough for the GPU, a block has the query heads of its group one after the other."""
-    x = make_inputs(91, 70, 4 * r, 4, D, D, 16, mode="given", dtype=BF16, device=cuda, initial_state="broadcast")
+    x = make_inputs(91, 70, 4 * r, 4, D, D, M, mode="given", dtype=BF16, device=cuda, initial_state="broadcast")
     x["g"][1, 66:, 3] *= 200
     check(chunk_gsa, x)
 
 
 @pytest.mark.parametrize("hopper", ["few"], indirect=True)
 @pytest.mark.parametrize("strong", [False, True])
-@pytest.mark.parametrize("dtype,D,M,r", [(BF16, 128, 64, 4), (BF16, 64, 24, 1), (FP16, 128, 40, 2), (FP16, 64, 64, 3)])
+@pytest.mark.parametrize("dtype,D,M,r", [(BF16, 128, 64, 4), (BF16, 64, 24, 1), (FP16, 128, 40, 2), (FP16, 64, 64, 3), (BF16, 128, 128, 2)])
 def test_more_chunks_than_are_on_their_way(dtype, D, M, r, strong, cuda):
     """Sequences that are over before the ring of chunks is full, just then and later; with strong gates a few chunks of several windows among the others."""
     lengths = [0, 1600, 1, 1024, 0, 1025, 256, 250, 0]
@@ -144,11 +145,12 @@ def test_more_chunks_than_are_on_their_way(dtype, D, M, r, strong, cuda):
 
 
 @pytest.mark.parametrize("r", [1, 3])
-@pytest.mark.parametrize("D", [64, 128])
-def test_strong_gates_in_one_head_of_one_sequence(D, r, cuda):
-    """Only that head leaves the parts that work on whole chunks; half of the sequences at a time."""
-    x = make_inputs(4, 130, 16 * r, 16, D, D, 64, mode="given", dtype=BF16, device=cuda, initial_state=True)
-    x["g"][1, 70:, 3] *= 200
+@pytest.mark.parametrize("D,M", [(64, 64), (128, 64), (128, 128)])
+def test_strong_gates_in_one_head_of_one_sequence(D, M, r, cuda):
+    """Only that head leaves the parts that work on whole chunks; half of the sequences at a time. Windows are those of all its slots."""
+    x = make_inputs(4, 130, 16 * r, 16, D, D, M, mode="given", dtype=BF16, device=cuda, initial_state=True)
+    x["g"][1, 70:, 3, -9:] *= 200
+    x["g"][0, 80:, 5, :9] *= 200
     check(chunk_gsa, x)
 
 

@@ -4,9 +4,9 @@
 
 namespace gsa::cuda {
 
-// Whether they take this call: sm_90a, 16-bit inputs, K = V = 64 or 128, M a multiple of 8 up to 64, rows on 16-byte boundaries.
+// Whether they take this call: sm_90a, 16-bit inputs, K = V = 64 or 128, M a multiple of 8 up to 128, rows on 16-byte boundaries.
 bool hopper_takes(const Params& p);
-// Whether the forward walk, a block of which does a whole sequence, does: enough sequences times query heads for the GPU.
+// Whether the forward walk, a block of which does a whole sequence, does: one bank of slots, enough sequences times query heads for the GPU.
 bool hopper_walks(const Params& p);
 // Whether the backward walk (hopper_fused) does, too: each query head has keys and values of its own.
 inline bool hopper_fuses(const Params& p) { return p.HQ == p.H && hopper_walks(p); }
@@ -15,7 +15,7 @@ inline bool hopper_fuses(const Params& p) { return p.HQ == p.H && hopper_walks(p
 // take less time than making the same gates for every query head; with them `cut`, room for [N, H] numbers. nullptr: made here.
 void hopper_forward(const ForwardParams& p, void* boundary, const void* images = nullptr, int* cut = nullptr);
 
-// What depends on the gates alone: a GateImage (core/hopper.cuh) for each chunk and key/value head.
+// What depends on the gates alone: a GateImage (core/hopper.cuh) for each chunk, key/value head and bank.
 int64_t hopper_gates_bytes(const Params& p);
 void hopper_gates(const Params& p, void* images);
 // After hopper_gates: the boundary states, and the final states that p asks for. products: room for hopper_products_bytes where hopper_few, else nullptr.
@@ -38,12 +38,13 @@ void hopper_fused(const BackwardParams& p, const void* boundary);
 // the parts leave for each other (Backward, core/hopper.cuh).
 struct BackwardWorkspace {
   void *gates, *saved, *E0;
-  float *edge, *products;  // products: as in hopper_states
+  float *edge, *dx, *products;  // products: as in hopper_states
 };
 void hopper_queries(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w);
 void hopper_cotangents(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w);
 void hopper_keys(const BackwardParams& p, const BackwardWorkspace& w);
 void hopper_windows(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w);
+int64_t hopper_windows_blocks(const Params& p);
 
 // What hopper_states and, in reverse, hopper_cotangents are where there is room for products. Where the states begin and end: [N, H, K, M] and [N, H, M, V],
 // nullptr: zero; not wanted.

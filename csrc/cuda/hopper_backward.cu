@@ -9,20 +9,21 @@ namespace {
 int slices(const Params& p) { return !hopper_fuses(p) && !p.cu_seqlens && p.N % 2 == 0 && p.N * p.H >= 64 ? 2 : 1; }
 
 struct Plan {
-  int64_t boundary = 0, gates = 0, saved = 0, E0 = 0, edge = 0, products = 0, bytes = 0;
+  int64_t boundary = 0, gates = 0, saved = 0, E0 = 0, edge = 0, dx = 0, products = 0, bytes = 0;
   Plan(const Params& p, bool few) {
     auto take = [&](int64_t n) {
       const int64_t at = bytes;
       bytes += (n + 255) / 256 * 256;
       return at;
     };
-    const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, hopper::kChunk), chunks = slots * p.H;
+    const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, hopper::kChunk), chunks = slots * p.H, banks = hopper::banks_of(p);
     if (!p.boundary) boundary = take(chunks * (p.K + p.V) * p.M * 2);
     if (hopper_fuses(p)) return;
     gates = take(hopper_gates_bytes(p));
-    saved = take(slots * p.HQ * static_cast<int64_t>(sizeof(hopper::Saved<half>)));
-    E0 = take(chunks * 3 * 64 * p.K * 2);
-    edge = take(chunks * 2 * p.K * 4);
+    saved = take(slots * p.HQ * banks * static_cast<int64_t>(sizeof(hopper::Saved<half>)));
+    E0 = take(chunks * banks * 3 * 64 * p.K * 2);
+    edge = take(chunks * banks * 2 * p.K * 4);
+    if (banks > 1) dx = take(hopper_windows_blocks(p) * 2 * 64 * p.K * 4);
     if (few) products = take(hopper_products_bytes(p));
   }
 };
@@ -65,7 +66,8 @@ void hopper_backward(const BackwardParams& whole) {
       continue;
     }
     float* const products = few ? reinterpret_cast<float*>(base + plan.products) : nullptr;
-    const BackwardWorkspace w{base + plan.gates, base + plan.saved, base + plan.E0, reinterpret_cast<float*>(base + plan.edge), products};
+    const BackwardWorkspace w{base + plan.gates, base + plan.saved, base + plan.E0, reinterpret_cast<float*>(base + plan.edge), reinterpret_cast<float*>(base + plan.dx),
+                              products};
     hopper_gates(p, w.gates);
     if (!p.boundary) hopper_states(states_only, w.gates, boundary, products);
     hopper_queries(p, boundary, w);

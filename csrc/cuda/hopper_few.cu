@@ -6,9 +6,9 @@
 //     pass_kernel        H to the boundary states                          E = exp(G_end - ref) dH, edge = exp(G_end) <H, dH>          every element by itself
 //                        H <- exp(G_end) H + P                             dH <- exp(ref) E + P
 //
-// All in fp32; P lies in memory between the two, 256 D bytes for a chunk, key/value head and side. X, Y, S as there; a chunk of several windows has exp(ref) in Y.
+// All in fp32; P lies in memory between the two, 256 D bytes for a chunk, key/value head, bank and side. X, Y, S as there; a chunk of several windows has exp(ref) in Y.
 //
-// products_kernel: a block has one chunk, key/value head and side, the query heads of the group one after the other, the tiles of the next one on their way.
+// products_kernel: a block has one chunk, key/value head, bank and side, the query heads of the group one after the other, the tiles of the next one on their way.
 // pass_kernel: a thread has two slots and two dimensions, a block 512 elements: forward 64 slots and 8 dimensions, backward 8 slots and 64 dimensions, so that states
 // and E are written, P and states read in whole sectors. Each thread brings what it needs itself, kGroups groups of kGroup chunks ahead; nobody waits for others
 // but for the sums of the edges, once a group.
@@ -33,7 +33,7 @@ constexpr int64_t products_shared(int heads) {
   return heads * static_cast<int64_t>(sizeof(ProductTiles<E, D>)) + kStages * 8;
 }
 
-// P of a chunk, head and side: [D / 2][64 slots][2]. Where the elements (slot, d) and (slot, d + 1) are, d even.
+// P of a chunk, head, bank and side: [D / 2][64 slots][2]. Where the elements (slot, d) and (slot, d + 1) are, d even.
 [[maybe_unused]] __device__ inline int product_at(int slot, int d) { return d * 64 + slot * 2; }
 
 template <class E, int D, bool reverse>
@@ -45,9 +45,10 @@ __global__ __launch_bounds__(kThreads, 4) void products_kernel(const __grid_cons
   const int r = reverse ? p.HQ / p.H : 1;
   auto* const full = reinterpret_cast<uint64_t*>(stages + min(r, kStages));
   // What the pass reads first is made last: it may still be in the L2.
-  const int id = reverse ? blockIdx.x : gridDim.x - 1 - blockIdx.x, side = id % 2, head = id / 2 % p.H;
+  const int id = reverse ? blockIdx.x : gridDim.x - 1 - blockIdx.x, side = id % 2;
+  const int banks = banks_of(p), bank = id / 2 % banks, head = id / 2 / banks % p.H;
   Chunk c;
-  if (!find_chunk(p, id / 2 / p.H, kChunk, c)) return;
+  if (!find_chunk(p, id / 2 / banks / p.H, kChunk, c)) return;
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) init(full + i, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -60,7 +61,7 @@ __global__ __launch_bounds__(kThreads, 4) void products_kernel(const __grid_cons
       const int64_t x_head = head * r + h;
       if (threadIdx.x == 0) {
         arrive_expecting(full + h % kStages, sizeof(tiles.Y));
-        bulk_load(tiles.Y, reverse ? w.saved[c.slot * p.HQ + x_head].Y[side][0] : image.S[0], sizeof(tiles.Y), full + h % kStages);
+        bulk_load(tiles.Y, reverse ? w.saved[(c.slot * p.HQ + x_head) * banks + bank].Y[side][0] : image.S[0], sizeof(tiles.Y), full + h % kStages);
       }
       load_tokens<D, kThreads>(tiles.X, rows_of(reverse ? side ? p.d_o : p.q : side ? p.v : p.k, c, x_head), c.length, threadIdx.x);
     }
@@ -127,28 +128,30 @@ __global__ __launch_bounds__(kThreads) void pass_kernel(const __grid_constant__ 
   extern __shared__ __align__(1024) char memory[];
   auto& m = *reinterpret_cast<PassShared<reverse>*>(memory);
   constexpr int parts = D / 8;
-  const int part = blockIdx.x % parts, side = blockIdx.x / parts % 2, head = blockIdx.x / (2 * parts) % p.H;
-  const Sequence seq = sequence<false>(p, blockIdx.x / (2 * parts) / p.H, kChunk);
+  const int part = blockIdx.x % parts, side = blockIdx.x / parts % 2;
+  const int banks = banks_of(p), heads = p.H * banks, id = blockIdx.x / (2 * parts) % heads, head = id / banks, bank = id % banks;
+  const Sequence seq = sequence<false>(p, blockIdx.x / (2 * parts) / heads, kChunk);
   const int chunks = static_cast<int>(seq.chunks), tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
   // Slots slot, slot + 1 and dimensions d, d + 1.
   const int slice = part % (D / 64), slots_from = part / (D / 64) * 8;
   const int slot = reverse ? slots_from + lane % 4 * 2 : warp % 2 * 32 + lane % 16 * 2;
   const int d = reverse ? slice * 64 + warp * 16 + lane / 4 * 2 : part * 8 + warp / 2 * 4 + lane / 16 * 2;
-  const bool stored = slot < p.M;  // and slot + 1
+  const int state_slot = bank * kSlots + slot;
+  const bool stored = state_slot < p.M;  // and the next one
   float h[2][2] = {};  // [slot][dimension]
   auto each_element = [&](bool broadcast, auto&& f) {
     if (stored)
 #pragma unroll
       for (int s = 0; s < 2; ++s)
 #pragma unroll
-        for (int e = 0; e < 2; ++e) f(h[s][e], ((broadcast ? 0 : seq.n) * p.H + head) * D * p.M + (side ? (slot + s) * D + d + e : (d + e) * p.M + slot + s));
+        for (int e = 0; e < 2; ++e) f(h[s][e], ((broadcast ? 0 : seq.n) * p.H + head) * D * p.M + (side ? (state_slot + s) * D + d + e : (d + e) * p.M + state_slot + s));
   };
   if (const float* in = static_cast<const float*>(ends.first[side])) each_element(ends.broadcast, [&](float& x, int64_t i) { x = in[i]; });
 
-  // Counted in chunks and heads: the first one that is passed, and from one to the next.
-  const int64_t first = (seq.slot + (reverse ? chunks - 1 : 0)) * p.H + head, step = reverse ? -p.H : p.H;
-  E* const state = boundary + (first * 2 + side) * int64_t(D) * p.M + d * p.M + slot;
-  const int64_t state_step = step * 2 * D * p.M;
+  // Counted in chunks, heads and banks: the first one that is passed, and from one to the next.
+  const int64_t first_slot = seq.slot + (reverse ? chunks - 1 : 0), first = first_slot * heads + id, step = reverse ? -heads : heads;
+  E* const state = boundary + ((first_slot * p.H + head) * 2 + side) * int64_t(D) * p.M + d * p.M + state_slot;
+  const int64_t state_step = (reverse ? -p.H : p.H) * int64_t(2 * D) * p.M;
   const float* P_from = products + (first * 2 + side) * (64 * D) + product_at(slot, d);
   const GateImage<E>* image = w.gates + first;
   const E* H_from = state;
@@ -230,9 +233,9 @@ template <bool reverse>
 void scan_few(const BackwardParams& p, const ScanEnds& ends, void* boundary, const BackwardWorkspace& w) {
   const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, kChunk);
   select_hopper(p, [&]<class E, int D>() {
-    launch(reverse ? "hopper_cotangents: products" : "hopper_states: products", products_kernel<E, D, reverse>, slots * p.H * 2, kThreads,
+    launch(reverse ? "hopper_cotangents: products" : "hopper_states: products", products_kernel<E, D, reverse>, slots * p.H * banks_of(p) * 2, kThreads,
            products_shared<E, D>(reverse ? std::min(p.HQ / p.H, kStages) : 1), p.stream, p, Backward<E>(w), w.products);
-    launch(reverse ? "hopper_cotangents" : "hopper_states", pass_kernel<E, D, reverse>, p.N * p.H * 2 * (D / 8), kThreads, sizeof(PassShared<reverse>),
+    launch(reverse ? "hopper_cotangents" : "hopper_states", pass_kernel<E, D, reverse>, p.N * p.H * banks_of(p) * 2 * (D / 8), kThreads, sizeof(PassShared<reverse>),
            p.stream, p, ends, static_cast<E*>(boundary), Backward<E>(w), static_cast<const float*>(w.products));
   });
 }
@@ -243,12 +246,12 @@ void scan_few(const BackwardParams& p, const ScanEnds& ends, void* boundary, con
 // of heads. They meet where scan_kernel has a block for every other multiprocessor. Short sequences are over before a second launch pays.
 bool hopper_few(const Params& p) {
   if (const Kernels wanted = wanted_kernels(); wanted == Kernels::few || wanted == Kernels::parts) return wanted == Kernels::few;
-  const int64_t blocks = p.N * p.H * 2 * (p.K / 64), sequences = p.cu_seqlens ? p.N : 1;  // in a row of T tokens
+  const int64_t blocks = p.N * p.H * banks_of(p) * 2 * (p.K / 64), sequences = p.cu_seqlens ? p.N : 1;  // in a row of T tokens
   return 2 * blocks <= hopper_multiprocessors() && p.T >= 16 * kChunk * sequences;
 }
 
 int64_t hopper_products_bytes(const Params& p) {
-  return boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, kChunk) * p.H * 2 * 64 * p.K * static_cast<int64_t>(sizeof(float));
+  return boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, kChunk) * p.H * banks_of(p) * 2 * 64 * p.K * static_cast<int64_t>(sizeof(float));
 }
 
 void hopper_scan_few(const BackwardParams& p, bool reverse, const ScanEnds& ends, void* boundary, const BackwardWorkspace& w) {

@@ -1,5 +1,5 @@
 // Chunked forward and backward for Hopper (sm_90a): what of a chunk depends on its gates alone (GateImage, core/hopper.cuh), made once for all kernels that need
-// it. One block for each chunk and key/value head. Of a chunk that has to be cut into several windows, what the scans over chunks need, relative to its end:
+// it. One block for each chunk and key/value head, 256 threads for each of its banks. Of a chunk that has to be cut into several windows, what the scans over chunks need, relative to its end:
 //     S_j = s_j exp(G_end - G_j)       in = exp(G_end) of the whole chunk       out = 1
 #include "core/hopper.cuh"
 #include "core/select.cuh"
@@ -10,33 +10,34 @@ namespace {
 
 using namespace hopper;
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256;  // of a bank
 
 template <class E>
-struct GatesShared {
+struct GatesShared {  // of a bank
   E S[2][kTile];
   float R[kTile];
   typename GateMaker<E, 8>::Scratch scratch;
 };
 
-template <class E>
-__global__ __launch_bounds__(kThreads, 4) void gates_kernel(const __grid_constant__ Params p, GateImage<E>* images) {
+template <class E, int BANKS>
+__global__ __launch_bounds__(kThreads* BANKS, 4 / BANKS) void gates_kernel(const __grid_constant__ Params p, GateImage<E>* images) {
 #if GSA_HOPPER
   extern __shared__ __align__(1024) char memory[];
-  auto& m = *reinterpret_cast<GatesShared<E>*>(memory);
-  const int head = blockIdx.x % p.H;
+  const int head = blockIdx.x % p.H, bank = __shfl_sync(0xffffffffu, threadIdx.x / kThreads, 0), own = threadIdx.x % kThreads;
+  auto& m = reinterpret_cast<GatesShared<E>*>(memory)[bank];
   Chunk c;
-  GateImage<E>& image = images[blockIdx.x];
+  GateImage<E>& image = images[blockIdx.x * BANKS + bank];
   if (!find_chunk(p, blockIdx.x / p.H, kChunk, c)) {
-    if (threadIdx.x == 0) image.cut = 0;
+    if (own == 0) image.cut = 0;
     return;
   }
-  GateMaker<E, 8> gates(m.scratch, threadIdx.x, 1);
+  GateMaker<E, 8> gates(m.scratch, own, 1 + bank, bank);
   gates.load(p, c, head);
   float before[2], total[2];
   gates.sums(0, c.length, before, total);
-  const bool cut = !gates.safe(total) && gates.cut(c.length) != 1;
-  if (threadIdx.x == 0) image.cut = cut;
+  bool cut = !gates.safe(total) && gates.cut(c.length) != 1;
+  if constexpr (BANKS > 1) cut = __syncthreads_or(cut);
+  if (own == 0) image.cut = cut;
   if (cut) {
     const float2 decay = gates.to_end(c.length, [&](int i, float x, float y) { gates.s[i][0] *= x, gates.s[i][1] *= y; });
     if (gates.warp == 0) {
@@ -52,23 +53,23 @@ __global__ __launch_bounds__(kThreads, 4) void gates_kernel(const __grid_constan
     gates.store_tiles(m.S[0], m.R);
   }
   publish();
-  __syncthreads();
-  if (threadIdx.x == 0) {
+  sync(1 + bank, kThreads);
+  if (own == 0) {
     bulk_store(image.S, m.S, sizeof(image.S));
     bulk_commit();
   }
   if (cut) {
-    if (threadIdx.x == 0) bulk_wait();
+    if (own == 0) bulk_wait();
     return;
   }
-  const int tid = threadIdx.x % 128, row = tid / 32 * 16 + frag_row(), half = threadIdx.x / 128;
+  const int tid = own % 128, row = tid / 32 * 16 + frag_row(), half = own / 128;
 #pragma unroll
   for (int t = half * 4; t < half * 4 + 4; ++t) {
     const int column = t * 8 + frag_col();
     const float2 top = *reinterpret_cast<const float2*>(m.R + R_at(row, column)), bottom = *reinterpret_cast<const float2*>(m.R + R_at(row + 8, column));
     reinterpret_cast<float4*>(image.R)[t * 128 + tid] = make_float4(top.x, top.y, bottom.x, bottom.y);
   }
-  if (threadIdx.x == 0) bulk_wait();
+  if (own == 0) bulk_wait();
 #endif
 }
 
@@ -76,14 +77,16 @@ __global__ __launch_bounds__(kThreads, 4) void gates_kernel(const __grid_constan
 
 void hopper_gates(const Params& p, void* images) {
   const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, kChunk);
-  auto run = [&]<class E>(E) {
-    launch("hopper_gates", gates_kernel<E>, slots * p.H, kThreads, sizeof(GatesShared<E>), p.stream, p, static_cast<GateImage<E>*>(images));
+  auto run = [&]<class E, int BANKS>() {
+    launch("hopper_gates", gates_kernel<E, BANKS>, slots * p.H, kThreads * BANKS, sizeof(GatesShared<E>) * BANKS, p.stream, p,
+           static_cast<GateImage<E>*>(images));
   };
-  p.q.dtype == DType::bf16 ? run(bf16()) : run(half());
+  if (p.q.dtype == DType::bf16) banks_of(p) == 1 ? run.template operator()<bf16, 1>() : run.template operator()<bf16, 2>();
+  else banks_of(p) == 1 ? run.template operator()<half, 1>() : run.template operator()<half, 2>();
 }
 
 int64_t hopper_gates_bytes(const Params& p) {
-  return boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, kChunk) * p.H * static_cast<int64_t>(sizeof(GateImage<half>));
+  return boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, kChunk) * p.H * banks_of(p) * static_cast<int64_t>(sizeof(GateImage<half>));
 }
 
 }  // namespace gsa::cuda

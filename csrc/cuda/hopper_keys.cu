@@ -13,8 +13,8 @@
 //     dg_t = sum_{u >= t} (e_u - S_u inner_u) + sum_{j < t} S_j outer_j + edge           (products with triangles of ones)
 // Neither e nor inner has the diagonal, and what comes from after the chunk is summed from the front: nothing large is left to cancel (chunk_backward.cu).
 //
-// Two warpgroups, each with half of the dimensions (dk, dv) and of the slots (ds, dg); what is [64 x 64] tokens is made by both. Two blocks on a
-// multiprocessor. What has to be more exact than 16 bits is an operand in two parts: X in inner, S, Y, W and E of the values, the terms of dg.
+// Two warpgroups for a bank, each with 32 slots (ds, dg) and its share of the dimensions (dk, dv); what is [64 x 64] tokens is made by all. With one bank two blocks on
+// a multiprocessor. What has to be more exact than 16 bits is an operand in two parts: X in inner, S, Y, W and E of the values, the terms of dg.
 //
 //     shared memory      holds, for one side at a time
 //     A, B, E0           tokens; E, of the values in two parts
@@ -29,30 +29,28 @@ namespace {
 
 using namespace hopper;
 
-constexpr int kThreads = 256;
-
-template <class E, int D>
+template <class E, int D, int BANKS>
 struct KeysShared {
-  alignas(1024) E A[64 * D], Y[2][kTile];
-  E B[64 * D], E0[2][64 * D], S[2][kTile];
+  alignas(1024) E A[64 * D], Y[BANKS][2][kTile];
+  E B[64 * D], E0[BANKS][2][64 * D], S[BANKS][2][kTile];
   uint64_t full;
 };
-static_assert(sizeof(KeysShared<bf16, 128>) <= 113 * 1024);
+static_assert(sizeof(KeysShared<bf16, 128, 1>) <= 113 * 1024 && sizeof(KeysShared<bf16, 128, 2>) <= 227 * 1024);
 
-template <class E, int D>
-__global__ __launch_bounds__(kThreads, 2) void keys_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ Backward<E> w) {
+template <class E, int D, int BANKS>
+__global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ Backward<E> w) {
 #if GSA_HOPPER
   extern __shared__ __align__(1024) char memory[];
-  constexpr int NT = D / 16;  // tiles of eight columns in half of the dimensions
+  constexpr int kThreads = 256 * BANKS, width = D / (2 * BANKS);  // dimensions of a warpgroup
   const int r = p.HQ / p.H;
   const int head = blockIdx.x % p.H;
   Chunk c;
   if (!find_chunk(p, blockIdx.x / p.H, kChunk, c)) return;
-  const int half = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
-  const int64_t at = c.slot * p.H + head;
-  const GateImage<E>& image = w.gates[at];
+  const int own = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), bank = own / 2, half = own % 2;
+  const int64_t at = (c.slot * p.H + head) * BANKS;
+  const GateImage<E>* const image = w.gates + at;
   const bool cut = w.gates[kept(static_cast<int>(at))].cut;
-  auto& m = *reinterpret_cast<KeysShared<E, D>*>(memory);
+  auto& m = *reinterpret_cast<KeysShared<E, D, BANKS>*>(memory);
   if (threadIdx.x == 0) {
     init(&m.full, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -66,11 +64,14 @@ __global__ __launch_bounds__(kThreads, 2) void keys_kernel(const __grid_constant
   auto tiles = [&](int side, int h) {
     if (threadIdx.x) return;
     const uint32_t bytes = 64 * D * 2;
-    arrive_expecting(&m.full, 2 * kTile * 2 + (h ? 0 : (1 + side) * bytes) + (side + h ? 0 : sizeof(m.S)));
-    if (side + h == 0) bulk_load(m.S, image.S, sizeof(m.S), &m.full);
-    bulk_load(m.Y, w.saved[c.slot * p.HQ + head * r + h].Y[side], 2 * kTile * 2, &m.full);
-    if (h == 0) bulk_load(m.E0[0], w.E0 + (at * 3 + side) * 64 * D, bytes, &m.full);
-    if (h == 0 && side) bulk_load(m.E0[1], w.E0 + (at * 3 + 2) * 64 * D, bytes, &m.full);
+    arrive_expecting(&m.full, BANKS * (2 * kTile * 2 + (h ? 0 : (1 + side) * bytes) + (side + h ? 0 : sizeof(m.S[0]))));
+    const Saved<E>* const saved = w.saved + (c.slot * p.HQ + head * r + h) * BANKS;
+    for (int b = 0; b < BANKS; ++b) {
+      if (side + h == 0) bulk_load(m.S[b], image[b].S, sizeof(m.S[b]), &m.full);
+      bulk_load(m.Y[b], saved[b].Y[side], 2 * kTile * 2, &m.full);
+      if (h == 0) bulk_load(m.E0[b][0], w.E0 + ((at + b) * 3 + side) * 64 * D, bytes, &m.full);
+      if (h == 0 && side) bulk_load(m.E0[b][1], w.E0 + ((at + b) * 3 + 2) * 64 * D, bytes, &m.full);
+    }
   };
   __syncthreads();
   tokens(0, 0);
@@ -83,7 +84,7 @@ __global__ __launch_bounds__(kThreads, 2) void keys_kernel(const __grid_constant
   uint32_t parity = 0;
 #pragma unroll 1
   for (int side = 0; side < 2; ++side) {
-    float dx[NT][4];
+    float dx[width / 8][4];
 #pragma unroll 1
     for (int h = 0; h < r; ++h, parity ^= 1) {
       if (side + h) {
@@ -94,7 +95,7 @@ __global__ __launch_bounds__(kThreads, 2) void keys_kernel(const __grid_constant
       wait(&m.full, parity);
       publish();
       __syncthreads();
-      const E *A_half = columns<E>(m.A, half * (D / 2)), *E_half = columns<E>(m.E0[0], half * (D / 2)), *E_rows = m.E0[0] + half * 32 * 64;
+      const E *A_own = columns<E>(m.A, own * width), *E_rows = m.E0[bank][0] + half * 32 * 64;
       {  // inner, outer
         float x[8][4], d[2];
         hand_over(x);
@@ -114,11 +115,11 @@ __global__ __launch_bounds__(kThreads, 2) void keys_kernel(const __grid_constant
         const auto X = split<E>(x);
         hand_over(inner);
         products_begin();
-        product<E, 1>(inner, X.hi, mnmajor(m.Y[0] + half * 32));
-        product<E, 1>(inner, X.lo, mnmajor(m.Y[0] + half * 32));
-        product<E, 1>(inner, X.hi, mnmajor(m.Y[1] + half * 32));
+        product<E, 1>(inner, X.hi, mnmajor(m.Y[bank][0] + half * 32));
+        product<E, 1>(inner, X.lo, mnmajor(m.Y[bank][0] + half * 32));
+        product<E, 1>(inner, X.hi, mnmajor(m.Y[bank][1] + half * 32));
         products_commit();
-        const uint32_t Y_row = place(m.Y[0], row, frag_col()) ^ (half * 64);
+        const uint32_t Y_row = place(m.Y[bank][0], row, frag_col()) ^ (half * 64);
 #pragma unroll
         for (int t = 0; t < 4; ++t)
 #pragma unroll
@@ -134,9 +135,12 @@ __global__ __launch_bounds__(kThreads, 2) void keys_kernel(const __grid_constant
         float x[8][4];
         hand_over(x);
         products_begin();
-        product<E, 4, 0, 0>(x, kmajor(m.S[0]), kmajor(m.Y[0]), false);
-        product<E, 4, 0, 0>(x, kmajor(m.S[1]), kmajor(m.Y[0]), true);
-        product<E, 4, 0, 0>(x, kmajor(m.S[0]), kmajor(m.Y[1]), true);
+#pragma unroll
+        for (int b = 0; b < BANKS; ++b) {
+          product<E, 4, 0, 0>(x, kmajor(m.S[b][0]), kmajor(m.Y[b][0]), b > 0);
+          product<E, 4, 0, 0>(x, kmajor(m.S[b][1]), kmajor(m.Y[b][0]), true);
+          product<E, 4, 0, 0>(x, kmajor(m.S[b][0]), kmajor(m.Y[b][1]), true);
+        }
         products_commit();
         products_wait<0>();
         hand_over(x);
@@ -145,26 +149,29 @@ __global__ __launch_bounds__(kThreads, 2) void keys_kernel(const __grid_constant
         if (h == 0) zero(dx);
         hand_over(dx);
         products_begin();
-        if (h == 0) {
-          product<E, 4, 0, 1>(dx, kmajor(m.S[0]), mnmajor(E_half), true);
-          product<E, 4, 0, 1>(dx, kmajor(m.S[1]), mnmajor(E_half), true);
-          if (side) product<E, 4, 0, 1>(dx, kmajor(m.S[0]), mnmajor(E_half + 64 * D), true);
-        }
-        product<E, 1>(dx, W.hi, mnmajor(A_half));
-        if (side) product<E, 1>(dx, W.lo, mnmajor(A_half));
+        if (h == 0)
+#pragma unroll
+          for (int b = 0; b < BANKS; ++b) {
+            const E* E_own = columns<E>(m.E0[b][0], own * width);
+            product<E, 4, 0, 1>(dx, kmajor(m.S[b][0]), mnmajor(E_own), true);
+            product<E, 4, 0, 1>(dx, kmajor(m.S[b][1]), mnmajor(E_own), true);
+            if (side) product<E, 4, 0, 1>(dx, kmajor(m.S[b][0]), mnmajor(E_own + 64 * D), true);
+          }
+        product<E, 1>(dx, W.hi, mnmajor(A_own));
+        if (side) product<E, 1>(dx, W.lo, mnmajor(A_own));
         products_commit();
         products_wait<0>();
         hand_over(dx);
       }
     }
-    store_window<E>(rows_of(side ? p.dv : p.dk, c, head), dx, warp, 0, c.length, half * (D / 2));
+    store_window<E>(rows_of(side ? p.dv : p.dk, c, head), dx, warp, 0, c.length, own * width);
   }
 
   float T[4][4], s[4][4];  // terms of dg from the back; write strengths. From the front in the place of outer, ds in that of inner
   zero(T);
 #pragma unroll 1
   for (int h = 0; h < r; ++h) {
-    const float4* e = reinterpret_cast<const float4*>(w.saved[c.slot * p.HQ + head * r + h].e) + half * 512 + tid;
+    const float4* e = reinterpret_cast<const float4*>(w.saved[(c.slot * p.HQ + head * r + h) * BANKS + bank].e) + half * 512 + tid;
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
       const float4 y = e[t * 128];
@@ -172,10 +179,10 @@ __global__ __launch_bounds__(kThreads, 2) void keys_kernel(const __grid_constant
     }
   }
   {
-    const uint32_t S_row = place(m.S[0], row, frag_col()) ^ (half * 64);
+    const uint32_t S_row = place(m.S[bank][0], row, frag_col()) ^ (half * 64);
     float4 Rs[4];
 #pragma unroll
-    for (int t = 0; t < 4; ++t) Rs[t] = reinterpret_cast<const float4*>(image.R)[half * 512 + t * 128 + tid];
+    for (int t = 0; t < 4; ++t) Rs[t] = reinterpret_cast<const float4*>(image[bank].R)[half * 512 + t * 128 + tid];
 #pragma unroll
     for (int t = 0; t < 4; ++t)
 #pragma unroll
@@ -193,7 +200,7 @@ __global__ __launch_bounds__(kThreads, 2) void keys_kernel(const __grid_constant
       }
   }
   __syncthreads();  // everybody is done with the tiles
-  E *T_tile = half ? m.E0[0] : m.Y[0], *F_tile = T_tile + kTile;  // of this half's columns, two parts side by side
+  E *T_tile = (half ? m.E0[0][0] : m.Y[0][0]) + bank * 2 * kTile, *F_tile = T_tile + kTile;  // of this warpgroup's columns, two parts side by side
   {
     auto X = split<E>(T);
     store_operand<E>(T_tile, X.hi, warp), store_operand<E>(T_tile, X.lo, warp, 32);
@@ -201,7 +208,7 @@ __global__ __launch_bounds__(kThreads, 2) void keys_kernel(const __grid_constant
     store_operand<E>(F_tile, X.hi, warp), store_operand<E>(F_tile, X.lo, warp, 32);
   }
   publish();
-  sync(2 + half, 128);
+  sync(2 + own, 128);
   float dg[4][4];
   zero(dg);
   hand_over(dg);
@@ -217,7 +224,7 @@ __global__ __launch_bounds__(kThreads, 2) void keys_kernel(const __grid_constant
     product<E, 1>(dg, ones, mnmajor(F_tile + 32));
   }
   products_commit();
-  const float* edges = w.edge + at * 2 * D + col;
+  const float* edges = w.edge + (at + bank) * 2 * D + col;
 #pragma unroll
   for (int t = 0; t < 4; ++t)
 #pragma unroll
@@ -240,12 +247,13 @@ __global__ __launch_bounds__(kThreads, 2) void keys_kernel(const __grid_constant
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           x[e] = dg[t][2 * h + e] + diagonal[t][e];
-          if (j == 0 && image.start[col + t * 8 + e] == 0.f) x[e] = 0.f;  // a reset forgets whatever the gate would have changed
+          if (j == 0 && image[bank].start[col + t * 8 + e] == 0.f) x[e] = 0.f;  // a reset forgets whatever the gate would have changed
           if (coupled) x[e] -= (1.f - s[t][2 * h + e]) * inner[t][2 * h + e];  // s = 1 - exp(g)
         }
-        if (half * 32 + t * 8 < p.M) {
-          store_pair<E>(p.dg, dg_rows.at(j) + col + t * 8, x[0], x[1]);
-          if (!coupled) store_pair<E>(p.ds, ds_rows.at(j) + col + t * 8, inner[t][2 * h], inner[t][2 * h + 1]);
+        if (own * 32 + t * 8 < p.M) {
+          const int slot = bank * kSlots + col + t * 8;
+          store_pair<E>(p.dg, dg_rows.at(j) + slot, x[0], x[1]);
+          if (!coupled) store_pair<E>(p.ds, ds_rows.at(j) + slot, inner[t][2 * h], inner[t][2 * h + 1]);
         }
       }
   }
@@ -256,8 +264,9 @@ __global__ __launch_bounds__(kThreads, 2) void keys_kernel(const __grid_constant
 
 void hopper_keys(const BackwardParams& p, const BackwardWorkspace& w) {
   const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, kChunk);
-  select_hopper(
-      p, [&]<class E, int D>() { launch("hopper_keys", keys_kernel<E, D>, slots * p.H, kThreads, sizeof(KeysShared<E, D>), p.stream, p, Backward<E>(w)); });
+  select_banks(p, [&]<class E, int D, int BANKS>() {
+    launch("hopper_keys", keys_kernel<E, D, BANKS>, slots * p.H, 256 * BANKS, sizeof(KeysShared<E, D, BANKS>), p.stream, p, Backward<E>(w));
+  });
 }
 
 }  // namespace gsa::cuda

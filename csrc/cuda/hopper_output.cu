@@ -6,15 +6,15 @@
 //     A2 = tril(P S^T)                                o  = A2 v + (P exp(ref)) Hv
 //
 // S, R, ref are those of hopper_gates.cu, the states those of hopper_scan.cu. The windows of a chunk that has several are made here, one after the other. Two
-// warpgroups, each with half of the slots (o1, p, P) and of the dimensions (o); what is [64 x 64] tokens is made by both. Operands in two parts: X, S, P, A2,
-// except P exp(ref). Two blocks on a multiprocessor: while one waits the other works.
+// warpgroups for a bank, each with 32 slots (o1, p, P) and its share of the dimensions (o); what is [64 x 64] tokens is made by all. Operands in two parts: X, S, P,
+// A2, except P exp(ref). With one bank two blocks on a multiprocessor: while one waits the other works.
 //
 //     shared memory      written by            read until
 //     q                  cp.async              o1 is there: then the next head's is on its way
 //     k, Hk; v, Hv       cp.async              the end
 //     S (two parts), in  bulk copy             the end
-//     P (two parts)      both halves           o
-//     sums               both halves           P: log2 of the sum of 2^(o1 scale log2 e) over half of the slots, of every row
+//     P (two parts)      all                   o
+//     sums               all                   P: log2 of the sum of 2^(o1 scale log2 e) over a warpgroup's slots, of every row
 #include "core/hopper.cuh"
 #include "core/select.cuh"
 #include "hopper.h"
@@ -24,19 +24,18 @@ namespace {
 
 using namespace hopper;
 
-constexpr int kThreads = 256;
-
-template <class E, int D>
+template <class E, int D, int BANKS>
 struct OutputShared {
-  alignas(1024) E q[64 * D];
-  E k[64 * D], v[64 * D], H[2][64 * D], S[2][kTile], P[2][kTile];
-  float in[kSlots], sums[2][64];
+  alignas(1024) E q[std::max(64 * D, BANKS * kTile)];  // room for Advance's S
+  E k[64 * D], v[64 * D], H[2][BANKS][64 * D], S[BANKS][2][kTile], P[BANKS][2][kTile];
+  float in[BANKS * kSlots], sums[2 * BANKS][64];
   uint64_t S_full;
 };
-static_assert(sizeof(OutputShared<bf16, 128>) <= 113 * 1024);
+static_assert(sizeof(OutputShared<bf16, 128, 1>) <= 113 * 1024 && sizeof(OutputShared<bf16, 128, 2>) <= 227 * 1024);
 
-// x of half of the slots, rows over those of both: exp2(c x) over its sum.
-[[maybe_unused]] __device__ inline void softmax_of_halves(float (&x)[4][4], float c, int M, float (&sums)[2][64], int half, int row) {
+// x of 32 slots, those of this warpgroup (`own`), rows over all: exp2(c x) over its sum.
+template <int SHARES>
+__device__ inline void softmax_of_shares(float (&x)[4][4], float c, int M, float (&sums)[SHARES][64], int own, int row) {
   float top[2], sum[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -44,20 +43,25 @@ static_assert(sizeof(OutputShared<bf16, 128>) <= 113 * 1024);
 #pragma unroll
     for (int t = 0; t < 4; ++t)
 #pragma unroll
-      for (int e = 2 * h; e < 2 * h + 2; ++e) x[t][e] = half * 32 + t * 8 < M ? x[t][e] * c : -INFINITY, top[h] = fmaxf(top[h], x[t][e]);
-    top[h] = fmaxf(quad_max(top[h]), -1e30f);  // a half without slots
+      for (int e = 2 * h; e < 2 * h + 2; ++e) x[t][e] = own * 32 + t * 8 < M ? x[t][e] * c : -INFINITY, top[h] = fmaxf(top[h], x[t][e]);
+    top[h] = fmaxf(quad_max(top[h]), -1e30f);  // a share without slots
 #pragma unroll
     for (int t = 0; t < 4; ++t)
 #pragma unroll
       for (int e = 2 * h; e < 2 * h + 2; ++e) x[t][e] = fast_exp2(x[t][e] - top[h]), sum[h] += x[t][e];
     sum[h] = top[h] + __log2f(quad_sum(sum[h]));
-    if ((lane_id() & 3) == 0) sums[half][row + 8 * h] = sum[h];
+    if ((lane_id() & 3) == 0) sums[own][row + 8 * h] = sum[h];
   }
   __syncthreads();
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const float other = sums[!half][row + 8 * h];
-    const float both = fmaxf(sum[h], other) + __log2f(1.f + fast_exp2(-fabsf(sum[h] - other))), f = fast_exp2(top[h] - both);
+    float all = sum[h];
+#pragma unroll
+    for (int i = 1; i < SHARES; ++i) {
+      const float other = sums[own ^ i][row + 8 * h];
+      all = fmaxf(all, other) + __log2f(1.f + fast_exp2(-fabsf(all - other)));
+    }
+    const float f = fast_exp2(top[h] - all);
 #pragma unroll
     for (int t = 0; t < 4; ++t)
 #pragma unroll
@@ -73,35 +77,38 @@ __device__ inline void multiply(float (&x)[NT][4], const float (&y)[NT][4]) {
     for (int e = 0; e < 4; ++e) x[t][e] *= y[t][e];
 }
 
-template <class E, int D>
-__global__ __launch_bounds__(kThreads, 2) void output_kernel(const __grid_constant__ ForwardParams p, const E* boundary, const GateImage<E>* images,
-                                                             int heads) {
+template <class E, int D, int BANKS>
+__global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void output_kernel(const __grid_constant__ ForwardParams p, const E* boundary, const GateImage<E>* images,
+                                                                        int heads) {
 #if GSA_HOPPER
   extern __shared__ __align__(1024) char memory[];
-  auto& m = *reinterpret_cast<OutputShared<E, D>*>(memory);
+  constexpr int kThreads = 256 * BANKS, width = D / (2 * BANKS);  // dimensions of a warpgroup
+  auto& m = *reinterpret_cast<OutputShared<E, D, BANKS>*>(memory);
   const int r = p.HQ / p.H, turns = r / heads;
   const int head = blockIdx.x / turns % p.H, first_head = head * r + blockIdx.x % turns * heads;
   Chunk c;
   if (!find_chunk(p, blockIdx.x / turns / p.H, kChunk, c)) return;
-  const GateImage<E>& image = images[c.slot * p.H + head];
-  const bool cut = image.cut;
+  const GateImage<E>* const image = images + (c.slot * p.H + head) * BANKS;
+  const bool cut = image->cut;
   // Everything is on its way before anything is waited for.
   const E* const states = boundary + (c.slot * p.H + head) * 2 * int64_t(D) * p.M;
   load_tokens<D, kThreads>(m.q, rows_of(p.q, c, first_head), c.length, threadIdx.x);
   load_tokens<D, kThreads>(m.k, rows_of(p.k, c, head), c.length, threadIdx.x);
-  load_state<D, kThreads>(m.H[0], states, p.M, threadIdx.x);
+  for (int b = 0; b < BANKS; ++b) load_state<D, kThreads>(m.H[0][b], states, p.M, threadIdx.x, b);
   cp_async_commit();
   load_tokens<D, kThreads>(m.v, rows_of(p.v, c, head), c.length, threadIdx.x);
-  load_state<D, kThreads>(m.H[1], states + int64_t(D) * p.M, p.M, threadIdx.x);
+  for (int b = 0; b < BANKS; ++b) load_state<D, kThreads>(m.H[1][b], states + int64_t(D) * p.M, p.M, threadIdx.x, b);
   cp_async_commit();
   if (threadIdx.x == 0 && !cut) {
     init(&m.S_full, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     arrive_expecting(&m.S_full, sizeof(m.S) + sizeof(m.in));
-    bulk_load(m.S, image.S, sizeof(m.S), &m.S_full);
-    bulk_load(m.in, image.in, sizeof(m.in), &m.S_full);
+    for (int b = 0; b < BANKS; ++b) {
+      bulk_load(m.S[b], image[b].S, sizeof(m.S[b]), &m.S_full);
+      bulk_load(m.in + b * kSlots, image[b].in, kSlots * 4, &m.S_full);
+    }
   }
-  const int half = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), tid = threadIdx.x % 128;
+  const int own = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), bank = own / 2, half = own % 2, tid = threadIdx.x % 128;
   __syncthreads();
 #pragma unroll 1
   for (int begin = 0, end = c.length; begin < c.length; begin = end) {
@@ -109,14 +116,14 @@ __global__ __launch_bounds__(kThreads, 2) void output_kernel(const __grid_consta
     if (!cut) {
 #pragma unroll
       for (int t = 0; t < 4; ++t) {
-        const float4 x = reinterpret_cast<const float4*>(image.R)[half * 512 + t * 128 + tid];
+        const float4 x = reinterpret_cast<const float4*>(image[bank].R)[half * 512 + t * 128 + tid];
         R[t][0] = x.x, R[t][1] = x.y, R[t][2] = x.z, R[t][3] = x.w;
       }
       wait(&m.S_full, 0);
     } else {
       float* const R_tile = reinterpret_cast<float*>(m.P);
-      end = make_window<E, D>(p, blockIdx.x / turns / p.H, head, begin, Advance<E>{m.q, m.sums[0]}, R_tile, m.S[0], m.in, m.H[0], m.k, m.v, states);
-      load_R(R, R_tile, tid / 32 * 16 + frag_row(), half * 32 + frag_col());
+      end = make_window<E, D, BANKS>(p, blockIdx.x / turns / p.H, head, begin, Advance<E>{m.q, m.sums[0]}, R_tile, m.S[0][0], m.in, m.H[0][0], m.k, m.v, states);
+      load_R(R, R_tile + bank * kTile, tid / 32 * 16 + frag_row(), half * 32 + frag_col());
       __syncthreads();
       load_tokens<D, kThreads>(m.q, rows_of(p.q, c, first_head), c.length, threadIdx.x);
       cp_async_commit();
@@ -124,22 +131,22 @@ __global__ __launch_bounds__(kThreads, 2) void output_kernel(const __grid_consta
 
 #pragma unroll 1
     for (int q_head = first_head; q_head < first_head + heads; ++q_head) {
-      auto& m = *reinterpret_cast<OutputShared<E, D>*>(memory + kept(0));  // addresses are made where they are used: there are no registers to keep them in
+      auto& m = *reinterpret_cast<OutputShared<E, D, BANKS>*>(memory + kept(0));  // addresses are made where they are used: there are no registers to keep them in
       const int thread = kept(threadIdx.x), warp = __shfl_sync(0xffffffffu, thread % 128 / 32, 0);
       cut || q_head > first_head ? cp_async_wait_for<0>() : cp_async_wait_for<1>();
       publish();
       __syncthreads();  // and P and the sums are done with
       float o1[4][4], none[2];
-      scores<E, D, true>(o1, none, m.q, m.k, m.H[0] + half * 32, m.S[0] + half * 32, m.in + half * 32, warp);
+      scores<E, D, true>(o1, none, m.q, m.k, m.H[0][bank] + half * 32, m.S[bank][0] + half * 32, m.in + own * 32, warp);
       multiply(o1, R);
-      softmax_of_halves(o1, static_cast<float>(p.scale) * 1.4426950408889634f, p.M, m.sums, half, warp * 16 + frag_row());  // q is done with
+      softmax_of_shares(o1, static_cast<float>(p.scale) * 1.4426950408889634f, p.M, m.sums, own, warp * 16 + frag_row());  // q is done with
       if (q_head + 1 < first_head + heads) load_tokens<D, kThreads>(m.q, rows_of(p.q, c, q_head + 1), c.length, threadIdx.x);
       cp_async_commit();
       multiply(o1, R);
       {
         const auto P = split<E>(o1);
-        store_operand<E>(m.P[0], P.hi, warp, half * 32);
-        store_operand<E>(m.P[1], P.lo, warp, half * 32);
+        store_operand<E>(m.P[bank][0], P.hi, warp, half * 32);
+        store_operand<E>(m.P[bank][1], P.lo, warp, half * 32);
       }
       cp_async_wait_for<1>();  // v and Hv
       publish();
@@ -147,26 +154,33 @@ __global__ __launch_bounds__(kThreads, 2) void output_kernel(const __grid_consta
       float x[8][4];
       hand_over(x);
       products_begin();
-      product<E, 4, 0, 0>(x, kmajor(m.P[0]), kmajor(m.S[0]), false);
-      product<E, 4, 0, 0>(x, kmajor(m.P[1]), kmajor(m.S[0]), true);
-      product<E, 4, 0, 0>(x, kmajor(m.P[0]), kmajor(m.S[1]), true);
+#pragma unroll
+      for (int b = 0; b < BANKS; ++b) {
+        product<E, 4, 0, 0>(x, kmajor(m.P[b][0]), kmajor(m.S[b][0]), b > 0);
+        product<E, 4, 0, 0>(x, kmajor(m.P[b][1]), kmajor(m.S[b][0]), true);
+        product<E, 4, 0, 0>(x, kmajor(m.P[b][0]), kmajor(m.S[b][1]), true);
+      }
       products_commit();
-      const auto P_in = operand_times(m.P[0], m.in, warp);
+      typename Arith<E>::template Op<64> P_in = operand_times(m.P[0][0], m.in, warp);
       products_wait<0>();
       hand_over(x);
       keep<true, 0>(x, warp);
       const auto A2 = split<E>(x);
-      float o[D / 16][4];
+      float o[width / 8][4];
       zero(o);
       hand_over(o);
       products_begin();
-      product<E, 0>(o, P_in, kmajor(m.H[1] + half * (D / 2) * 64));
-      product<E, 1>(o, A2.hi, mnmajor(columns<E>(m.v, half * (D / 2))));
-      product<E, 1>(o, A2.lo, mnmajor(columns<E>(m.v, half * (D / 2))));
+      product<E, 1>(o, A2.hi, mnmajor(columns<E>(m.v, own * width)));
+      product<E, 1>(o, A2.lo, mnmajor(columns<E>(m.v, own * width)));
+#pragma unroll
+      for (int b = 0; b < BANKS; ++b) {
+        if (b) P_in = operand_times(m.P[b][0], m.in + b * kSlots, warp);
+        product<E, 0>(o, P_in, kmajor(m.H[1][b] + own * width * 64));
+      }
       products_commit();
       products_wait<0>();
       hand_over(o);
-      store_window<E>(rows_of(p.o, c, q_head), o, warp, begin, end, half * (D / 2));
+      store_window<E>(rows_of(p.o, c, q_head), o, warp, begin, end, own * width);
     }
     __syncthreads();
   }
@@ -179,9 +193,9 @@ void hopper_output(const ForwardParams& p, const void* boundary, const void* ima
   const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, kChunk);
   const int r = p.HQ / p.H;
   const int heads = slots * p.H >= 8 * hopper_multiprocessors() ? r : 1;  // of one block
-  select_hopper(p, [&]<class E, int D>() {
-    launch("hopper_output", output_kernel<E, D>, slots * p.H * (r / heads), kThreads, sizeof(OutputShared<E, D>), p.stream, p, static_cast<const E*>(boundary),
-           static_cast<const GateImage<E>*>(images), heads);
+  select_banks(p, [&]<class E, int D, int BANKS>() {
+    launch("hopper_output", output_kernel<E, D, BANKS>, slots * p.H * (r / heads), 256 * BANKS, sizeof(OutputShared<E, D, BANKS>), p.stream, p,
+           static_cast<const E*>(boundary), static_cast<const GateImage<E>*>(images), heads);
   });
 }
 

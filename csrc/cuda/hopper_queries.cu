@@ -6,8 +6,8 @@
 //     dq = tril(Yk S^T) k + (Yk exp(ref)) Hk^T
 //
 // S, R, ref are those of hopper_gates.cu; a chunk that has to be cut makes them here, for one window after the other. Yk, Yv and e go to hopper_scan.cu and
-// hopper_keys.cu. Two warpgroups, each with half of the slots (o1, dp, p, Y) and of the dimensions (dq); what is [64 x 64] tokens is made by both. What has to be
-// more exact than 16 bits is an operand in two parts: X, S, Y. Two blocks on a multiprocessor: while one waits the other works.
+// hopper_keys.cu. Two warpgroups for a bank, each with 32 slots (o1, dp, p, Y) and its share of the dimensions (dq); what is [64 x 64] tokens is made by all. What
+// has to be more exact than 16 bits is an operand in two parts: X, S, Y. With one bank two blocks on a multiprocessor: while one waits the other works.
 //
 //     shared memory      holds
 //     A[0], A[1]         q, R; then q, d_o; then sums of rows and Yk, Yv
@@ -21,32 +21,31 @@ namespace {
 
 using namespace hopper;
 
-constexpr int kThreads = 256;
-
-template <class E, int D>
+template <class E, int D, int BANKS>
 struct QueriesShared {
-  static constexpr int rows = D == 64 ? 2 * kTile : 64 * D;  // of A: room for Y in two parts
+  static constexpr int rows = std::max(64 * D, BANKS * 2 * kTile);  // of A: room for Y in two parts
   struct Before {  // of Advance, in A[0]
-    alignas(1024) E S[kTile];
-    float decay[kSlots];
+    alignas(1024) E S[BANKS][kTile];
+    float decay[BANKS * kSlots];
   };
-  struct RowSums {  // of either half of the slots, in A[0]
-    float top[2][64], sum[2][64], dot[2][64];
+  struct RowSums {  // of the slots of either warpgroup, in A[0]
+    float top[2 * BANKS][64], sum[2 * BANKS][64], dot[2 * BANKS][64];
   };
   alignas(1024) E A[2][rows];
-  E B[2][64 * D], H[2][64 * D], S[2][kTile];
-  float in[kSlots];
+  E B[2][64 * D], H[2][BANKS][64 * D], S[BANKS][2][kTile];
+  float in[BANKS * kSlots];
   uint64_t S_full;
-  static_assert(sizeof(Before) <= rows * 2 && 64 * 64 * 4 <= rows * 2 && sizeof(typename GateMaker<E, 8>::Scratch) <= kTile * 2);
+  static_assert(sizeof(Before) <= rows * 2 && BANKS * kTile * 4 <= rows * 2 && sizeof(typename GateMaker<E, 8>::Scratch) <= kTile * 2);
 };
-static_assert(sizeof(QueriesShared<bf16, 128>) <= 113 * 1024);
+static_assert(sizeof(QueriesShared<bf16, 128, 1>) <= 113 * 1024 && sizeof(QueriesShared<bf16, 128, 2>) <= 227 * 1024);
 
-template <class E, int D>
-__global__ __launch_bounds__(kThreads, 2) void queries_kernel(const __grid_constant__ BackwardParams p, const E* boundary,
+template <class E, int D, int BANKS>
+__global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void queries_kernel(const __grid_constant__ BackwardParams p, const E* boundary,
                                                               const __grid_constant__ Backward<E> w, int heads) {
 #if GSA_HOPPER
   extern __shared__ __align__(1024) char memory[];
-  using Shared = QueriesShared<E, D>;
+  using Shared = QueriesShared<E, D, BANKS>;
+  constexpr int kThreads = 256 * BANKS, width = D / (2 * BANKS);  // dimensions of a warpgroup
   auto& m = *reinterpret_cast<Shared*>(memory);
   auto& before_window = *reinterpret_cast<typename Shared::Before*>(m.A[0]);
   auto& sums = *reinterpret_cast<typename Shared::RowSums*>(m.A[0]);
@@ -54,17 +53,19 @@ __global__ __launch_bounds__(kThreads, 2) void queries_kernel(const __grid_const
   const int64_t head = blockIdx.x / turns % p.H, first_head = head * r + blockIdx.x % turns * heads;
   Chunk c;
   if (!find_chunk(p, blockIdx.x / turns / p.H, kChunk, c)) return;
-  const int half = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), tid = threadIdx.x % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0);
+  const int own = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), bank = own / 2, half = own % 2;
+  const int tid = threadIdx.x % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0);
   const int row = warp * 16 + frag_row(), col = half * 32 + frag_col();
   const float scale = static_cast<float>(p.scale);
 
   const E* const states = boundary + (c.slot * p.H + head) * 2 * int64_t(D) * p.M;
   // Everything is on its way before anything is waited for.
-  GateImage<E>& image = w.gates[c.slot * p.H + head];
-  const bool cut = image.cut;
+  GateImage<E>* const image = w.gates + (c.slot * p.H + head) * BANKS;
+  const bool cut = image->cut;
   load_tokens<D, kThreads>(m.A[0], rows_of(p.q, c, first_head), c.length, threadIdx.x);
   load_tokens<D, kThreads>(m.B[0], rows_of(p.k, c, head), c.length, threadIdx.x);
-  for (int side = 0; side < 2; ++side) load_state<D, kThreads>(m.H[side], states + side * int64_t(D) * p.M, p.M, threadIdx.x);
+  for (int side = 0; side < 2; ++side)
+    for (int b = 0; b < BANKS; ++b) load_state<D, kThreads>(m.H[side][b], states + side * int64_t(D) * p.M, p.M, threadIdx.x, b);
   cp_async_commit();
   load_tokens<D, kThreads>(m.A[1], rows_of(p.d_o, c, first_head), c.length, threadIdx.x);
   load_tokens<D, kThreads>(m.B[1], rows_of(p.v, c, head), c.length, threadIdx.x);
@@ -74,9 +75,9 @@ __global__ __launch_bounds__(kThreads, 2) void queries_kernel(const __grid_const
       init(&m.S_full, 1);
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
       arrive_expecting(&m.S_full, sizeof(m.S));
-      bulk_load(m.S, image.S, sizeof(m.S), &m.S_full);
+      for (int b = 0; b < BANKS; ++b) bulk_load(m.S[b], image[b].S, sizeof(m.S[b]), &m.S_full);
     }
-    if (threadIdx.x < kSlots) m.in[threadIdx.x] = image.in[threadIdx.x];
+    if (threadIdx.x < BANKS * kSlots) m.in[threadIdx.x] = image[threadIdx.x / kSlots].in[threadIdx.x % kSlots];
   }
   __syncthreads();
   for (int begin = 0, end = c.length; begin < c.length; begin = end) {
@@ -84,18 +85,18 @@ __global__ __launch_bounds__(kThreads, 2) void queries_kernel(const __grid_const
     if (!cut) {
 #pragma unroll
       for (int t = 0; t < 4; ++t) {
-        const float4 x = reinterpret_cast<const float4*>(image.R)[half * 512 + t * 128 + tid];
+        const float4 x = reinterpret_cast<const float4*>(image[bank].R)[half * 512 + t * 128 + tid];
         R[t][0] = x.x, R[t][1] = x.y, R[t][2] = x.z, R[t][3] = x.w;
       }
       wait(&m.S_full, 0);
     } else {
-      const Advance<E> advance{before_window.S, before_window.decay};
+      const Advance<E> advance{before_window.S[0], before_window.decay};
       float* const R_tile = reinterpret_cast<float*>(m.A[1]);
-      end = make_window<E, D>(p, blockIdx.x / turns / p.H, head, begin, advance, R_tile, m.S[0], m.in, m.H[0], m.B[0], m.B[1], states);
-      load_R(R, R_tile, row, col);
+      end = make_window<E, D, BANKS>(p, blockIdx.x / turns / p.H, head, begin, advance, R_tile, m.S[0][0], m.in, m.H[0][0], m.B[0], m.B[1], states);
+      load_R(R, R_tile + bank * kTile, row, col);
       if (first_head == head * r)  // for the cotangents' scan
-        for (int i = threadIdx.x; i < (end - begin) * kSlots; i += kThreads)
-          image.R[begin * kSlots + i] = m.in[i % kSlots] * (begin ? advance.decay[i % kSlots] : 1.f);
+        for (int i = threadIdx.x % 256; i < (end - begin) * kSlots; i += 256)
+          image[bank].R[begin * kSlots + i] = m.in[bank * kSlots + i % kSlots] * (begin ? advance.decay[bank * kSlots + i % kSlots] : 1.f);
     }
 
 #pragma unroll 1
@@ -113,15 +114,15 @@ __global__ __launch_bounds__(kThreads, 2) void queries_kernel(const __grid_const
       publish();
       __syncthreads();
       float o[4][4], dp[4][4], d[2], b[2];
-      scores<E, D, false>(o, d, m.A[0], m.B[0], m.H[0] + half * 32, m.S[0] + half * 32, m.in + half * 32, warp);
+      scores<E, D, false>(o, d, m.A[0], m.B[0], m.H[0][bank] + half * 32, m.S[bank][0] + half * 32, m.in + own * 32, warp);
       cp_async_wait_for<0>();
       publish();
       __syncthreads();
-      scores<E, D, false>(dp, b, m.A[1], m.B[1], m.H[1] + half * 32, m.S[0] + half * 32, m.in + half * 32, warp);
+      scores<E, D, false>(dp, b, m.A[1], m.B[1], m.H[1][bank] + half * 32, m.S[bank][0] + half * 32, m.in + own * 32, warp);
 
-      // softmax, and <p, dp>, over both halves
+      // softmax, and <p, dp>, over all slots
       float y[4][4], s[4][4], top[2], sum[2], dot[2];
-      const uint32_t S_row = place(m.S[0], row, frag_col()) ^ (half * 64);
+      const uint32_t S_row = place(m.S[bank][0], row, frag_col()) ^ (half * 64);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         top[h] = -INFINITY, sum[h] = dot[h] = 0.f;
@@ -132,26 +133,34 @@ __global__ __launch_bounds__(kThreads, 2) void queries_kernel(const __grid_const
 #pragma unroll
           for (int e = 2 * h; e < 2 * h + 2; ++e) {
             o[t][e] *= R[t][e], dp[t][e] *= R[t][e];
-            y[t][e] = half * 32 + t * 8 < p.M ? fmaf(d[h], s[t][e], o[t][e]) * (scale * 1.4426950408889634f) : -INFINITY;
+            y[t][e] = own * 32 + t * 8 < p.M ? fmaf(d[h], s[t][e], o[t][e]) * (scale * 1.4426950408889634f) : -INFINITY;
             top[h] = fmaxf(top[h], y[t][e]);
           }
         }
-        top[h] = fmaxf(quad_max(top[h]), -1e30f);  // a half without slots
+        top[h] = fmaxf(quad_max(top[h]), -1e30f);  // a share without slots
 #pragma unroll
         for (int t = 0; t < 4; ++t)
 #pragma unroll
           for (int e = 2 * h; e < 2 * h + 2; ++e) y[t][e] = fast_exp2(y[t][e] - top[h]), sum[h] += y[t][e], dot[h] += y[t][e] * fmaf(b[h], s[t][e], dp[t][e]);
         sum[h] = quad_sum(sum[h]), dot[h] = quad_sum(dot[h]);
-        if ((lane_id() & 3) == 0) sums.top[half][row + 8 * h] = top[h], sums.sum[half][row + 8 * h] = sum[h], sums.dot[half][row + 8 * h] = dot[h];
+        if ((lane_id() & 3) == 0) sums.top[own][row + 8 * h] = top[h], sums.sum[own][row + 8 * h] = sum[h], sums.dot[own][row + 8 * h] = dot[h];
       }
       __syncthreads();
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int i = row + 8 * h;
-        const float other = sums.top[!half][i], all = fmaxf(top[h], other), mine = fast_exp2(top[h] - all), theirs = fast_exp2(other - all);
-        const float inv = 1.f / (sum[h] * mine + sums.sum[!half][i] * theirs);
-        dot[h] = (dot[h] * mine + sums.dot[!half][i] * theirs) * inv;
-        const float f = mine * inv;
+        float all = top[h];
+#pragma unroll
+        for (int x = 1; x < 2 * BANKS; ++x) all = fmaxf(all, sums.top[own ^ x][i]);
+        const float mine = fast_exp2(top[h] - all);
+        sum[h] *= mine, dot[h] *= mine;
+#pragma unroll
+        for (int x = 1; x < 2 * BANKS; ++x) {
+          const float theirs = fast_exp2(sums.top[own ^ x][i] - all);
+          sum[h] += sums.sum[own ^ x][i] * theirs, dot[h] += sums.dot[own ^ x][i] * theirs;
+        }
+        const float inv = 1.f / sum[h], f = mine * inv;
+        dot[h] *= inv;
 #pragma unroll
         for (int t = 0; t < 4; ++t)
 #pragma unroll
@@ -170,25 +179,26 @@ __global__ __launch_bounds__(kThreads, 2) void queries_kernel(const __grid_const
       __syncthreads();  // the sums of rows and d_o are done with
       {
         auto Y = split<E>(dp);
-        store_operand<E>(m.A[0], Y.hi, warp, half * 32);
-        store_operand<E>(m.A[0] + kTile, Y.lo, warp, half * 32);
+        store_operand<E>(m.A[0] + bank * 2 * kTile, Y.hi, warp, half * 32);
+        store_operand<E>(m.A[0] + bank * 2 * kTile + kTile, Y.lo, warp, half * 32);
         Y = split<E>(y);
-        store_operand<E>(m.A[1], Y.hi, warp, half * 32);
-        store_operand<E>(m.A[1] + kTile, Y.lo, warp, half * 32);
+        store_operand<E>(m.A[1] + bank * 2 * kTile, Y.hi, warp, half * 32);
+        store_operand<E>(m.A[1] + bank * 2 * kTile + kTile, Y.lo, warp, half * 32);
       }
       publish();
       __syncthreads();
-      Saved<E>& save = w.saved[c.slot * p.HQ + q_head];
+      Saved<E>* const save = w.saved + (c.slot * p.HQ + q_head) * BANKS;
       const int last = end == c.length ? 64 : end;  // rows after the sequence are zero
       if (threadIdx.x == 0) {
 #pragma unroll
-        for (int side = 0; side < 2; ++side)
-#pragma unroll
-          for (int part = 0; part < 2; ++part) bulk_store(save.Y[side][part] + begin * 64, m.A[side] + part * kTile + begin * 64, (last - begin) * 128);
+        for (int x = 0; x < 4 * BANKS; ++x) {
+          const int b = x / 4, side = x / 2 % 2, part = x % 2;
+          bulk_store(save[b].Y[side][part] + begin * 64, m.A[side] + (b * 2 + part) * kTile + begin * 64, (last - begin) * 128);
+        }
         bulk_commit();
       }
       {  // e
-        float4* to = reinterpret_cast<float4*>(save.e) + half * 512 + tid;
+        float4* to = reinterpret_cast<float4*>(save[bank].e) + half * 512 + tid;
         if (last - begin == 64) {
 #pragma unroll
           for (int t = 0; t < 4; ++t) to[t * 128] = make_float4(o[t][0], o[t][1], o[t][2], o[t][3]);
@@ -204,25 +214,33 @@ __global__ __launch_bounds__(kThreads, 2) void queries_kernel(const __grid_const
         float x[8][4];
         hand_over(x);
         products_begin();
-        product<E, 4, 0, 0>(x, kmajor(m.A[0]), kmajor(m.S[0]), false);
-        product<E, 4, 0, 0>(x, kmajor(m.A[0] + kTile), kmajor(m.S[0]), true);
-        product<E, 4, 0, 0>(x, kmajor(m.A[0]), kmajor(m.S[1]), true);
+#pragma unroll
+        for (int b = 0; b < BANKS; ++b) {
+          const E* Y = m.A[0] + b * 2 * kTile;
+          product<E, 4, 0, 0>(x, kmajor(Y), kmajor(m.S[b][0]), b > 0);
+          product<E, 4, 0, 0>(x, kmajor(Y + kTile), kmajor(m.S[b][0]), true);
+          product<E, 4, 0, 0>(x, kmajor(Y), kmajor(m.S[b][1]), true);
+        }
         products_commit();
-        const auto Yref = operand_times(m.A[0], m.in, warp);
+        typename Arith<E>::template Op<64> Yref = operand_times(m.A[0], m.in, warp);
         products_wait<0>();
         hand_over(x);
         keep<true, 0>(x, warp);
         const auto dA1 = operand<E>(x);
-        float dq[D / 16][4];
+        float dq[width / 8][4];
         zero(dq);
         hand_over(dq);
         products_begin();
-        product<E, 1>(dq, dA1, mnmajor(columns<E>(m.B[0], half * (D / 2))));
-        product<E, 0>(dq, Yref, kmajor(m.H[0] + half * (D / 2) * 64));
+        product<E, 1>(dq, dA1, mnmajor(columns<E>(m.B[0], own * width)));
+#pragma unroll
+        for (int b = 0; b < BANKS; ++b) {
+          if (b) Yref = operand_times(m.A[0] + b * 2 * kTile, m.in + b * kSlots, warp);
+          product<E, 0>(dq, Yref, kmajor(m.H[0][b] + own * width * 64));
+        }
         products_commit();
         products_wait<0>();
         hand_over(dq);
-        store_window<E>(rows_of(p.dq, c, q_head), dq, warp, begin, end, half * (D / 2));
+        store_window<E>(rows_of(p.dq, c, q_head), dq, warp, begin, end, own * width);
       }
       if (threadIdx.x == 0) bulk_wait();
     }
@@ -237,8 +255,8 @@ void hopper_queries(const BackwardParams& p, const void* boundary, const Backwar
   const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, kChunk);
   const int r = p.HQ / p.H;
   const int heads = slots * p.H >= 8 * hopper_multiprocessors() ? r : 1;  // of one block
-  select_hopper(p, [&]<class E, int D>() {
-    launch("hopper_queries", queries_kernel<E, D>, slots * p.H * (r / heads), kThreads, sizeof(QueriesShared<E, D>), p.stream, p,
+  select_banks(p, [&]<class E, int D, int BANKS>() {
+    launch("hopper_queries", queries_kernel<E, D, BANKS>, slots * p.H * (r / heads), 256 * BANKS, sizeof(QueriesShared<E, D, BANKS>), p.stream, p,
            static_cast<const E*>(boundary), Backward<E>(w), heads);
   });
 }

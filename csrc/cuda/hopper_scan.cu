@@ -1,5 +1,5 @@
 // Chunked forward and backward for Hopper (sm_90a): the states before each chunk, and the cotangents of the states after each chunk. One block for each sequence,
-// key/value head, side (keys, values) and 64 of its dimensions; one chunk after the other, the state H or dH [64 slots x 64 dimensions] in registers.
+// key/value head, bank, side (keys, values) and 64 of its dimensions; one chunk after the other, the state H or dH [64 slots x 64 dimensions] in registers.
 //
 //     forward                                                    backward, from the last chunk to the first
 //     H to the boundary states                                   E = exp(G_end - ref) dH to hopper_keys.cu, rounded; of the values also what rounding dropped
@@ -35,8 +35,10 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
   extern __shared__ __align__(1024) char memory[];
   auto& m = *reinterpret_cast<ScanShared<E, STAGES>*>(memory);
   constexpr int slices = D / 64;
-  const int r = reverse ? p.HQ / p.H : 1, slice = blockIdx.x % slices, side = blockIdx.x / slices % 2, head = blockIdx.x / (2 * slices) % p.H;
-  const int64_t n = blockIdx.x / (2 * slices) / p.H;
+  const int banks = banks_of(p), heads = p.H * banks;  // of key/value heads and their banks
+  const int r = reverse ? p.HQ / p.H : 1, slice = blockIdx.x % slices, side = blockIdx.x / slices % 2, id = blockIdx.x / (2 * slices) % heads;
+  const int head = id / banks, bank = id % banks;
+  const int64_t n = blockIdx.x / (2 * slices) / heads;
   Chunk c;
   c.seq = sequence<false>(p, n, kChunk);
   const int chunks = static_cast<int>(c.seq.chunks);
@@ -53,7 +55,7 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
     for (int t = 0; t < 8; ++t)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int slot = row + (e >> 1) * 8, d = slice * 64 + t * 8 + frag_col() + (e & 1);
+        const int slot = bank * kSlots + row + (e >> 1) * 8, d = slice * 64 + t * 8 + frag_col() + (e & 1);
         if (slot < p.M) f(h[t][e], ((broadcast ? 0 : n) * p.H + head) * D * p.M + (side ? slot * D + d : d * p.M + slot));
       }
   };
@@ -71,13 +73,13 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
       const int64_t x_head = reverse ? head * r + s % r : head;
       if (threadIdx.x == 0) {
         arrive_expecting(m.full + stage, 2 * kTile * 2);
-        const E* from = reverse ? w.saved[next.slot * p.HQ + x_head].Y[side][0] : w.gates[next.slot * p.H + head].S[0];
+        const E* from = reverse ? w.saved[(next.slot * p.HQ + x_head) * banks + bank].Y[side][0] : w.gates[next.slot * heads + id].S[0];
         bulk_load(m.Y[stage], from, 2 * kTile * 2, m.full + stage);
       }
       Rows x = rows_of(reverse ? side ? p.d_o : p.q : side ? p.v : p.k, next, x_head);
       x.base += slice * 64;
       load_tokens<64, kThreads>(m.X[stage], x, next.length, threadIdx.x);
-      if (reverse && s % r == 0) load_state<64, kThreads>(m.H[s / r % STAGES], state_of(next.slot), p.M, threadIdx.x);
+      if (reverse && s % r == 0) load_state<64, kThreads>(m.H[s / r % STAGES], state_of(next.slot), p.M, threadIdx.x, bank);
     }
     cp_async_commit();
   };
@@ -90,14 +92,14 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
     int cut;
   };
   auto factors_of = [&](int step) {
-    const GateImage<E>& image = w.gates[(c.seq.slot + chunk_of(step)) * p.H + head];
+    const GateImage<E>& image = w.gates[(c.seq.slot + chunk_of(step)) * heads + id];
     return Factors{{image.in[row], image.in[row + 8]}, {image.out[row], image.out[row + 8]}, image.cut};
   };
   Factors next{};
   if (steps > 0) next = factors_of(0);
 #pragma unroll 1
   for (int step = 0; step < steps;) {
-    const int64_t slot = c.seq.slot + chunk_of(step), at = slot * p.H + head;
+    const int64_t slot = c.seq.slot + chunk_of(step), at = slot * heads + id;
     const Factors f = next;
     const int first = step;
     if (step + r < steps) next = factors_of(step + r);
@@ -125,7 +127,7 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
 #pragma unroll
         for (int t = 0; t < 8; ++t)
 #pragma unroll
-          for (int e = 0; e < 4; ++e) before[t][e] = h[t][e];
+          for (int e = 0; e < 4; ++e) before[t][e] = copy(h[t][e]);
         if (f.cut) scale_rows(h, f.in[0], f.in[1]);
       }
       if (reverse && f.cut) from_the_beginning(m.Y[stage], w.gates[at].R, c.seq.length() - chunk_of(first) * int64_t(kChunk));
@@ -136,7 +138,7 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
       products_commit();
       if (step == first) {
         if (!reverse) {
-          store_state<64>(state_of(slot), out, p.M, threadIdx.x);
+          store_state<64>(state_of(slot), out, p.M, threadIdx.x, bank);
         } else if (f.cut) {  // hopper_windows.cu reads it as plain memory
           for (int part = 0; part <= side; ++part) {
             uint4* to = reinterpret_cast<uint4*>(w.E0 + (at * 3 + (part ? 2 : side)) * 64 * D + slice * kTile);
@@ -171,7 +173,7 @@ template <bool reverse>
 void scan(const BackwardParams& p, const ScanEnds& ends, void* boundary, const BackwardWorkspace& w) {
   if (w.products) return hopper_scan_few(p, reverse, ends, boundary, w);
   select_hopper(p, [&]<class E, int D>() {
-    const int64_t blocks = p.N * p.H * 2 * (D / 64);
+    const int64_t blocks = p.N * p.H * banks_of(p) * 2 * (D / 64);
     auto run = [&]<int STAGES>() {
       launch(reverse ? "hopper_cotangents" : "hopper_states", scan_kernel<E, D, reverse, STAGES>, blocks, kThreads, sizeof(ScanShared<E, STAGES>), p.stream, p,
              ends, static_cast<E*>(boundary), Backward<E>(w));
@@ -185,7 +187,7 @@ void scan(const BackwardParams& p, const ScanEnds& ends, void* boundary, const B
 void hopper_states(const ForwardParams& p, const void* images, void* boundary, float* products) {
   BackwardParams b{};
   static_cast<Params&>(b) = p;
-  scan<false>(b, {{p.hk0, p.hv0}, {p.hkT, p.hvT}, p.h0_broadcast}, boundary, {const_cast<void*>(images), nullptr, nullptr, nullptr, products});
+  scan<false>(b, {{p.hk0, p.hv0}, {p.hkT, p.hvT}, p.h0_broadcast}, boundary, {const_cast<void*>(images), nullptr, nullptr, nullptr, nullptr, products});
 }
 
 void hopper_cotangents(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w) {

@@ -11,7 +11,8 @@
 //     dH <-                  exp(ref) (E + Y^T q)               exp(ref) (E + Y^T d_o)   cotangent before the window
 //
 // dk, dv, inner and Y^T A are sums over the query heads of the group, which come one after the other: once for dk, dv and dH, once more, backwards, for inner.
-// ds and dg as in hopper_keys.cu. A third warpgroup brings the tiles and makes the windows (core/hopper.cuh).
+// ds and dg as in hopper_keys.cu. A third warpgroup brings the tiles and makes the windows (core/hopper.cuh). Banks one after the other, each with all windows; dk and
+// dv, sums over both, wait in memory in between.
 //
 //     shared memory                    written by     read by       barriers (full / free)
 //     window, B, H [side]              loader         each side     full / window_free, B_free, H_free [side]
@@ -61,7 +62,7 @@ struct Several {
 };
 
 // The sides' code is one for both (two copies would not fit the instruction cache); `values` says which side this warpgroup is.
-template <class E, int D>
+template <class E, int D, int BANKS>
 __device__ __forceinline__ void side(const BackwardParams& p, WindowsShared<E, D>& shared, const Backward<E>& left, const int values) {
   constexpr int NT = D / 8;
   const int own = 2 + values;  // barrier of this warpgroup
@@ -73,10 +74,11 @@ __device__ __forceinline__ void side(const BackwardParams& p, WindowsShared<E, D
   Chunk c;
   int head;
 #pragma unroll 1
-  while (several.next(p, c, head)) {
+  for (int bank = BANKS; bank < BANKS || several.next(p, c, head); ++bank) {
+    bank %= BANKS;  // a chunk and head, then its other bank
     float dH[NT][4];
     {
-      const E* E_after = left.E0 + ((c.slot * p.H + head) * 3 + values) * 64 * D;
+      const E* E_after = left.E0 + (((c.slot * p.H + head) * BANKS + bank) * 3 + values) * 64 * D;
 #pragma unroll
       for (int t = 0; t < NT; ++t)
 #pragma unroll
@@ -181,7 +183,17 @@ __device__ __forceinline__ void side(const BackwardParams& p, WindowsShared<E, D
           if (h + 1 < r) arrive(&m.head_free);
         }
         scale_rows(dH, w.in[row], w.in[row + 8]);
-        store_window<E>(rows_of(values ? p.dv : p.dk, c, head), dx, warp, begin, end);
+        float* const others = left.dx + (blockIdx.x * 2 + values) * int64_t(64 * D) + tid * 4;  // of the other bank
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          if (BANKS > 1 && row + 8 * h >= begin && row + 8 * h < end)
+#pragma unroll
+            for (int t = 0; t < NT; ++t) {
+              float2& other = *reinterpret_cast<float2*>(others + t * 512 + 2 * h);
+              if (bank == 0) other = make_float2(dx[t][2 * h], dx[t][2 * h + 1]);
+              else dx[t][2 * h] += other.x, dx[t][2 * h + 1] += other.y;
+            }
+        if (bank == BANKS - 1) store_window<E>(rows_of(values ? p.dv : p.dk, c, head), dx, warp, begin, end);
       }
       float inner[8][4], diagonal[8][4], d[2];
       zero(inner);
@@ -247,7 +259,7 @@ __device__ __forceinline__ void side(const BackwardParams& p, WindowsShared<E, D
       if (!values)  // e, the sum over the heads
 #pragma unroll 1
         for (int h = 0; h < r; ++h) {
-          const float4* e = reinterpret_cast<const float4*>(left.saved[c.slot * p.HQ + head * r + h].e) + tid;
+          const float4* e = reinterpret_cast<const float4*>(left.saved[(c.slot * p.HQ + head * r + h) * BANKS + bank].e) + tid;
 #pragma unroll
           for (int t = 0; t < 8; ++t) {
             const float4 y = e[t * 128];
@@ -339,12 +351,12 @@ __device__ __forceinline__ void side(const BackwardParams& p, WindowsShared<E, D
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const int j = row + 8 * h;
-          const int64_t at = rows.at(j) + col;
+          const int64_t at = rows.at(j) + bank * kSlots + col;
           if (j >= begin && j < end)
 #pragma unroll
             for (int t = 0; t < 8; ++t) {
               const float2 x = *reinterpret_cast<const float2*>(theirs + (t * 128 + tid) * 4 + 2 * h);
-              if (t * 8 < p.M) store_pair<E>(out, at + t * 8, dg[t][2 * h] + x.x, dg[t][2 * h + 1] + x.y);
+              if (bank * kSlots + t * 8 < p.M) store_pair<E>(out, at + t * 8, dg[t][2 * h] + x.x, dg[t][2 * h + 1] + x.y);
             }
         }
       }
@@ -354,7 +366,7 @@ __device__ __forceinline__ void side(const BackwardParams& p, WindowsShared<E, D
   }
 }
 
-template <class E, int D>
+template <class E, int D, int BANKS>
 __global__ __launch_bounds__(384, 1) void windows_kernel(const __grid_constant__ BackwardParams p, const E* boundary, const __grid_constant__ Backward<E> w,
                                                          int chunks) {
 #if GSA_HOPPER
@@ -363,7 +375,7 @@ __global__ __launch_bounds__(384, 1) void windows_kernel(const __grid_constant__
   uint32_t any = 0;
   for (int word = threadIdx.x / 32; word < kWords; word += 12) {
     const int64_t id = blockIdx.x + int64_t(gridDim.x) * (word * 32 + threadIdx.x % 32);
-    const uint32_t bits = __ballot_sync(0xffffffffu, id < chunks && w.gates[id].cut);
+    const uint32_t bits = __ballot_sync(0xffffffffu, id < chunks && w.gates[id * BANKS].cut);
     if (threadIdx.x % 32 == 0) m.several[word] = bits;
     any |= bits;
   }
@@ -384,17 +396,25 @@ __global__ __launch_bounds__(384, 1) void windows_kernel(const __grid_constant__
     Several several{m.several};
     Chunk c;
     int head;
-    while (several.next(p, c, head)) {
-      uint64_t starts = 0;
+    uint64_t starts = 0;
+    for (int bank = BANKS; bank < BANKS || several.next(p, c, head); ++bank) {
+      bank %= BANKS;
+      if (bank == 0) {
+        gates.together();  // scratch is free
+        for (int other = 0; other < BANKS; ++other) {
+          gates.bank = other;
+          gates.load(p, c, head);
+          gates.spans(other > 0);
+        }
+        gates.together();
+        starts = gates.starts(c.length, m.scratch.span, m.scratch.span);
+      }
+      gates.bank = bank;
       for (int end = c.length; end > 0;) {
         gates.load(p, c, head);
-        const int begin = starts ? 63 - __clzll(starts & (end == 64 ? ~0ull : (1ull << end) - 1)) : 0;
+        const int begin = 63 - __clzll(starts & (end == 64 ? ~0ull : (1ull << end) - 1));
         float before[2], total[2];
         gates.sums(begin, end, before, total);
-        if (!starts) {
-          starts = gates.safe(total) ? 1 : gates.cut(c.length);
-          if (starts != 1) continue;
-        }
         if (begin > 0) {
           wait(&m.window_free, parity), wait(&m.E_free, parity);
           Advance<E>{m.E0[0], m.decay}.write(gates, begin);
@@ -402,7 +422,7 @@ __global__ __launch_bounds__(384, 1) void windows_kernel(const __grid_constant__
 #pragma unroll 1
         for (int side = 0; side < 2; ++side) {
           wait(m.H_free + side, parity);
-          load_state<D, 128>(m.H[side], boundary + ((c.slot * p.H + head) * 2 + side) * int64_t(D) * p.M, p.M, tid);
+          load_state<D, 128>(m.H[side], boundary + ((c.slot * p.H + head) * 2 + side) * int64_t(D) * p.M, p.M, tid, bank);
         }
         gates.make(begin, end, before, total);
 #pragma unroll 1
@@ -418,7 +438,7 @@ __global__ __launch_bounds__(384, 1) void windows_kernel(const __grid_constant__
           head_parity ^= 1;
           if (tid == 0) {
             arrive_expecting(&m.head_full, 4 * kTile * 2);
-            bulk_load(m.Y, w.saved[c.slot * p.HQ + q_head].Y, 4 * kTile * 2, &m.head_full);
+            bulk_load(m.Y, w.saved[(c.slot * p.HQ + q_head) * BANKS + bank].Y, 4 * kTile * 2, &m.head_full);
           }
 #pragma unroll 1
           for (int side = 0; side < 2; ++side) load_tokens<D, 128>(m.A[side], rows_of(side ? p.d_o : p.q, c, q_head), c.length, tid);
@@ -440,18 +460,22 @@ __global__ __launch_bounds__(384, 1) void windows_kernel(const __grid_constant__
     return;
   }
   take_registers<200>();
-  side<E, D>(p, m, w, role - 1);
+  side<E, D, BANKS>(p, m, w, role - 1);
 #endif
 }
 
 }  // namespace
 
+int64_t hopper_windows_blocks(const Params& p) {
+  const int64_t chunks = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, kChunk) * p.H;
+  return std::max(std::min<int64_t>(chunks, hopper_multiprocessors()), ceil_div(chunks, 32 * kWords));
+}
+
 void hopper_windows(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w) {
   const int64_t chunks = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, kChunk) * p.H;
-  const int64_t blocks = std::max(std::min<int64_t>(chunks, hopper_multiprocessors()), ceil_div(chunks, 32 * kWords));
-  select_hopper(p, [&]<class E, int D>() {
-    launch("hopper_windows", windows_kernel<E, D>, blocks, 384, sizeof(WindowsShared<E, D>), p.stream, p, static_cast<const E*>(boundary), Backward<E>(w),
-           static_cast<int>(chunks));
+  select_banks(p, [&]<class E, int D, int BANKS>() {
+    launch("hopper_windows", windows_kernel<E, D, BANKS>, hopper_windows_blocks(p), 384, sizeof(WindowsShared<E, D>), p.stream, p, static_cast<const E*>(boundary),
+           Backward<E>(w), static_cast<int>(chunks));
   });
 }
 

@@ -11,6 +11,8 @@
 // either factor leaves room for the numbers it goes with. A chunk in which they span more is cut into windows in which they do not; the first gate of a window
 // counts for the state only, so that a window of one token always exists and a reset (-inf) is the first of its window. Tokens outside the window have
 // R = S = 0: the kernels do one window after the other over the same tiles of 64 tokens. One form for all gates, nothing is clamped.
+//
+// Banks. 64 slots of a key/value head: M up to 128 is one or two. What depends on gates, and states, a bank has for itself; its windows are those of the head.
 #pragma once
 #include "../hopper.h"
 #include "chunk.cuh"
@@ -18,7 +20,8 @@
 
 namespace gsa::cuda::hopper {
 
-constexpr int kChunk = 64, kSlots = 64, kTile = 64 * 64;   // tokens, slots (padded); elements of a [64 x 64] tile
+constexpr int kChunk = 64, kSlots = 64, kTile = 64 * 64;   // tokens, slots of a bank (padded); elements of a [64 x 64] tile
+__host__ __device__ inline int banks_of(const Params& p) { return p.M > kSlots ? 2 : 1; }
 constexpr int ldr = kSlots + 8;                            // row stride of R
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -38,6 +41,12 @@ __device__ inline T* kept(T* p) {
 __device__ inline int kept(int x) {
   asm volatile("" : "+r"(x));
   return x;
+}
+// In a register of its own. A copy that the compiler sees through it makes late, and waits for the products that x is handed to before it does.
+__device__ inline float copy(float x) {
+  float y;
+  asm volatile("mov.b32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 // ------------------------------------------------------------------------------------------------------------ barriers
 
@@ -113,7 +122,9 @@ __device__ inline Operand mnmajor(const void* tiles) { return {descriptor(tiles,
 #define GSA_ACC4(c, i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
 #define GSA_ACC32(c, i) \
   GSA_ACC4(c, i), GSA_ACC4(c, i + 1), GSA_ACC4(c, i + 2), GSA_ACC4(c, i + 3), GSA_ACC4(c, i + 4), GSA_ACC4(c, i + 5), GSA_ACC4(c, i + 6), GSA_ACC4(c, i + 7)
+#define GSA_ACC8(c) GSA_ACC4(c, 0), GSA_ACC4(c, 1)
 #define GSA_ACC16(c) GSA_ACC4(c, 0), GSA_ACC4(c, 1), GSA_ACC4(c, 2), GSA_ACC4(c, 3)
+#define GSA_REGS8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define GSA_REGS16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define GSA_REGS32                                                                                                                                    \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, " \
@@ -132,7 +143,11 @@ __device__ inline Operand mnmajor(const void* tiles) { return {descriptor(tiles,
 template <class E, int NT, int TA, int TB>
 __device__ inline void wgmma(float (&c)[NT][4], uint64_t a, uint64_t b, int add) {
 #if GSA_HOPPER
-  if constexpr (NT == 4) {
+  if constexpr (NT == 2) {
+    if constexpr (std::is_same_v<E, bf16>)
+      GSA_WGMMA_SS("m64n16k16", "bf16", GSA_REGS8, "%8", "%9", "%10", "%11", "%12", : GSA_ACC8(c) : "l"(a), "l"(b), "r"(add), "n"(TA), "n"(TB));
+    else GSA_WGMMA_SS("m64n16k16", "f16", GSA_REGS8, "%8", "%9", "%10", "%11", "%12", : GSA_ACC8(c) : "l"(a), "l"(b), "r"(add), "n"(TA), "n"(TB));
+  } else if constexpr (NT == 4) {
     if constexpr (std::is_same_v<E, bf16>)
       GSA_WGMMA_SS("m64n32k16", "bf16", GSA_REGS16, "%16", "%17", "%18", "%19", "%20", : GSA_ACC16(c) : "l"(a), "l"(b), "r"(add), "n"(TA), "n"(TB));
     else GSA_WGMMA_SS("m64n32k16", "f16", GSA_REGS16, "%16", "%17", "%18", "%19", "%20", : GSA_ACC16(c) : "l"(a), "l"(b), "r"(add), "n"(TA), "n"(TB));
@@ -154,7 +169,14 @@ __device__ inline void wgmma(float (&c)[NT][4], uint64_t a, uint64_t b, int add)
 template <class E, int NT, int TB>
 __device__ inline void wgmma(float (&c)[NT][4], const uint32_t (&a)[4], uint64_t b) {
 #if GSA_HOPPER
-  if constexpr (NT == 4) {
+  if constexpr (NT == 2) {
+    if constexpr (std::is_same_v<E, bf16>)
+      GSA_WGMMA_RS("m64n16k16", "bf16", GSA_REGS8, "{%8, %9, %10, %11}", "%12", "%13", : GSA_ACC8(c) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),
+                   "n"(TB));
+    else
+      GSA_WGMMA_RS("m64n16k16", "f16", GSA_REGS8, "{%8, %9, %10, %11}", "%12", "%13", : GSA_ACC8(c) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),
+                   "n"(TB));
+  } else if constexpr (NT == 4) {
     if constexpr (std::is_same_v<E, bf16>)
       GSA_WGMMA_RS("m64n32k16", "bf16", GSA_REGS16, "{%16, %17, %18, %19}", "%20", "%21", : GSA_ACC16(c) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),
                    "n"(TB));
@@ -267,23 +289,23 @@ __device__ inline void load_tokens(E* tiles, const Rows& src, int rows, int tid)
 }
 // As far as the L2.
 __device__ inline void prefetch_line(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-// A boundary state [D][M], zero from slot M on.
+// A bank of a boundary state [D][M], zero from slot M on.
 template <int D, int THREADS, class E>
-__device__ inline void load_state(E* tile, const E* src, int M, int tid) {
+__device__ inline void load_state(E* tile, const E* src, int M, int tid, int bank = 0) {
   constexpr int down = THREADS / 8;
-  const int r = kept(tid) / 8, c = tid % 8 * 8, bytes = c < M ? 16 : 0;
+  const int r = kept(tid) / 8, c = tid % 8 * 8, slot = bank * kSlots + c, bytes = slot < M ? 16 : 0;
   uint32_t to = address(at(tile, r, c));
-  const E* from = kept(src + r * M + (c < M ? c : 0));
+  const E* from = kept(src + r * M + (slot < M ? slot : 0));
 #pragma unroll 4
   for (int k = 0; k < D / down; ++k, to += down * 128, from += down * M)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 template <int D, class E>
-__device__ inline void store_state(E* dst, const E* tile, int M, int tid) {
-  const int r = tid / 8, c = tid % 8 * 8;
-  if (c >= M) return;
+__device__ inline void store_state(E* dst, const E* tile, int M, int tid, int bank = 0) {
+  const int r = tid / 8, c = tid % 8 * 8, slot = bank * kSlots + c;
+  if (slot >= M) return;
   const E* from = at(tile, r, c);
-  E* to = dst + r * M + c;
+  E* to = dst + r * M + slot;
 #pragma unroll 4
   for (int k = 0; k < D / 16; ++k, from += 1024, to += 16 * M) *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
 }
@@ -405,7 +427,7 @@ struct Window {
 };
 static_assert(sizeof(Window<bf16>) % 1024 == 0);
 
-// What hopper_gates.cu leaves for every chunk and key/value head: its window. If it has several, S, in and out of the chunk as a whole, relative to its end;
+// What hopper_gates.cu leaves for every chunk, key/value head and bank: its window. If it has several, S, in and out of the chunk as a whole, relative to its end;
 // hopper_queries.cu then leaves in R [token][slot] what makes a row relative to its window's reference one relative to the chunk's beginning.
 template <class E>
 struct GateImage {
@@ -428,10 +450,10 @@ struct GateMaker {
     float total[warps][kSlots], first[kSlots], span[64];
   };
   Scratch& scratch;
-  int warp, lane, barrier;                                 // of the warpgroup
+  int warp, lane, barrier, bank;                           // barrier: of these warps
 
-  __device__ GateMaker(Scratch& shared, int tid, int barrier)
-      : scratch(shared), warp(__shfl_sync(0xffffffffu, tid / 32, 0)), lane(tid % 32), barrier(barrier) {}
+  __device__ GateMaker(Scratch& shared, int tid, int barrier, int bank = 0)
+      : scratch(shared), warp(__shfl_sync(0xffffffffu, tid / 32, 0)), lane(tid % 32), barrier(barrier), bank(bank) {}
 
   __device__ void load(const Params& p, const Chunk& c, int64_t head) {
     load(g, p, rows_of(p.g, c, head), c.length);
@@ -452,11 +474,12 @@ struct GateMaker {
       if (const Rows src = rows_of(i & 1 ? p.s : p.g, c, head); src.ptr)
         prefetch_line(static_cast<const char*>(src.ptr) + src.at(i >> 1) * element_size(src.dtype));
   }
-  __device__ int rows_here(const Params& p, int length) const { return 2 * lane < p.M ? length - warp * ROWS : 0; }
+  __device__ int slot() const { return bank * kSlots + 2 * lane; }
+  __device__ int rows_here(const Params& p, int length) const { return slot() < p.M ? length - warp * ROWS : 0; }
   __device__ void load(float (&x)[ROWS][2], const Params& p, const Rows& src, int length) const {
     const int rows = rows_here(p, length);
     if (src.dtype == DType::f32) {
-      const float* q = kept(static_cast<const float*>(src.ptr) + src.at(warp * ROWS) + 2 * lane);
+      const float* q = kept(static_cast<const float*>(src.ptr) + src.at(warp * ROWS) + slot());
 #pragma unroll
       for (int i = 0; i < ROWS; ++i, q += src.step) {
         uint32_t a, b;
@@ -465,7 +488,7 @@ struct GateMaker {
       }
     } else {                                               // hopper_takes: of E
       uint32_t raw[ROWS];
-      const uint16_t* q = kept(static_cast<const uint16_t*>(src.ptr) + src.at(warp * ROWS) + 2 * lane);
+      const uint16_t* q = kept(static_cast<const uint16_t*>(src.ptr) + src.at(warp * ROWS) + slot());
 #pragma unroll
       for (int i = 0; i < ROWS; ++i, q += src.step) load_if(i < rows, q, raw[i]);
 #pragma unroll
@@ -518,24 +541,34 @@ struct GateMaker {
     for (int x = 16; x; x >>= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, x));
     return top <= limit;
   }
-  // Bit t: a window starts at token t. The first NaN does, for the sake of what is before it; of those after it, whose rows are NaN anyway, nothing is spared.
-  __device__ uint64_t cut(int length) {
+  // Into scratch: the most that a gate of each token is below 0; with what is there already (`join`), of another bank.
+  __device__ void spans(bool join = false) {
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
       const bool nan = __any_sync(0xffffffffu, isnan(g[i][0]) || isnan(g[i][1]));
       const float x = fmaxf(fmaxf(-g[i][0], -g[i][1]), 0.f);
       const float top = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(x)));
-      if (lane == 0) scratch.span[warp * ROWS + i] = nan ? NAN : top;
+      float& span = scratch.span[warp * ROWS + i];
+      if (lane == 0) span = nan ? NAN : join ? wider(span, top) : top;
     }
-    together();
+  }
+  __device__ static float wider(float x, float y) { return isnan(x) || isnan(y) ? NAN : fmaxf(x, y); }
+  // Bit t: a window starts at token t. The first NaN does, for the sake of what is before it; of those after it, whose rows are NaN anyway, nothing is spared.
+  __device__ static uint64_t starts(int length, const float* span, const float* other) {
     uint64_t starts = 1;
     float sum = 0.f;
-    bool seen = isnan(scratch.span[0]);
+    bool seen = isnan(wider(span[0], other[0]));
     for (int t = 1; t < length && !seen; ++t) {
-      sum += scratch.span[t];
-      if (!(sum <= limit)) starts |= 1ull << t, sum = 0.f, seen = isnan(scratch.span[t]);
+      const float here = wider(span[t], other[t]);
+      sum += here;
+      if (!(sum <= limit)) starts |= 1ull << t, sum = 0.f, seen = isnan(here);
     }
     return starts;
+  }
+  __device__ uint64_t cut(int length) {
+    spans();
+    together();
+    return starts(length, scratch.span, scratch.span);
   }
 
   // g and s become R and S of the window; before, total: of sums(begin, end).
@@ -660,38 +693,42 @@ struct Advance {
   }
 };
 
-// One of the windows of the chunk at a slot: the tokens from `begin` on, by 256 threads whose barrier is 1. Makes S (the gates' scratch lies in the second part
-// of it), R (R_at), `in`, and H [keys, values], [D][64] each, before the window, from the states before the chunk. B: k, v. Everything on its way arrives.
-// Returns where the window ends. Not inlined: rare, and what surrounds it has no registers to spare.
-template <class E, int D>
-__device__ __noinline__ int make_window(const Params& p, int64_t slot, int64_t head, int begin, const Advance<E> advance, float* R, E* S, float* in, E* H,
+// One of the windows of the chunk at a slot: the tokens from `begin` on, by 256 threads for each bank. For each bank, one after the other: S in two parts (the gates'
+// scratch lies in the second), R (R_at), `in` and, with what is in `advance`, the state before the window H [side][bank][D][64], from the states before the chunk.
+// B: k, v. Everything on its way arrives. Returns where the window ends. Not inlined: rare, and what surrounds it has no registers to spare.
+template <class E, int D, int BANKS>
+__device__ __noinline__ int make_window(const Params& p, int64_t slot, int64_t head, int begin, const Advance<E> first, float* R, E* S, float* in, E* H,
                                         const E* B_keys, const E* B_values, const E* states) {
 #if GSA_HOPPER
   Chunk c;
   if (!find_chunk(p, slot, kChunk, c)) return kChunk;
-  const int half = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
-  GateMaker<E, 8> gates(*reinterpret_cast<typename GateMaker<E, 8>::Scratch*>(S + kTile), threadIdx.x, 1);
+  const int bank = __shfl_sync(0xffffffffu, threadIdx.x / 256, 0), side = __shfl_sync(0xffffffffu, threadIdx.x / 128 % 2, 0), tid = threadIdx.x % 256;
+  auto scratch_of = [&](int bank) -> auto& { return *reinterpret_cast<typename GateMaker<E, 8>::Scratch*>(S + (bank * 2 + 1) * kTile); };
+  const Advance<E> advance{first.S + bank * kTile, first.decay + bank * kSlots};
+  GateMaker<E, 8> gates(scratch_of(bank), tid, 1 + bank, bank);
   float before[2], total[2];
   gates.load(p, c, head);
   gates.sums(0, c.length, before, total);
-  const uint64_t starts = gates.cut(c.length), later = begin == 63 ? 0 : starts & ~((2ull << begin) - 1);
+  gates.spans();
+  __syncthreads();
+  const uint64_t starts = gates.starts(c.length, scratch_of(0).span, scratch_of(BANKS - 1).span), later = begin == 63 ? 0 : starts & ~((2ull << begin) - 1);
   const int end = later ? __ffsll(later) - 1 : c.length;
   gates.sums(begin, end, before, total);
   if (begin > 0) {
-    for (int side = 0; side < 2; ++side) load_state<D, 256>(H + side * 64 * D, states + side * int64_t(D) * p.M, p.M, threadIdx.x);
+    for (int side = 0; side < 2; ++side) load_state<D, 256>(H + (side * BANKS + bank) * 64 * D, states + side * int64_t(D) * p.M, p.M, tid, bank);
     cp_async_commit();
   }
   cp_async_wait_for<0>();
   if (begin > 0) advance.write(gates, begin);
-  if (gates.warp == 0) gates.store_edges(nullptr, in, nullptr, total);
+  if (gates.warp == 0) gates.store_edges(nullptr, in + bank * kSlots, nullptr, total);
   __syncthreads();  // the scratch is done with
   gates.make(begin, end, before, total);
-  gates.store_tiles(S, R);
+  gates.store_tiles(S + bank * 2 * kTile, R + bank * kTile);
   publish();
   __syncthreads();
   if (begin > 0) {
 #pragma unroll 1
-    for (int d = gates.warp % 4 * 16; d < D; d += 64) advance.apply(H + half * 64 * D, half ? B_values : B_keys, d);
+    for (int d = gates.warp % 4 * 16; d < D; d += 64) advance.apply(H + (side * BANKS + bank) * 64 * D, side ? B_values : B_keys, d);
     publish();
   }
   return end;
@@ -818,7 +855,7 @@ __device__ inline void softmax(float (&x)[8][4], float c, int M) {
 
 // ------------------------------------------------------------------------------------------------------------ backward
 
-// What hopper_queries.cu leaves for every chunk and query head; rows of each window are relative to its reference.
+// What hopper_queries.cu leaves for every chunk, query head and bank; rows of each window are relative to its reference.
 template <class E>
 struct Saved {
   E Y[2][2][kTile];                                        // [keys, values][rounded, what rounding dropped]: a cotangent's tile as products read it
@@ -827,12 +864,13 @@ struct Saved {
 // The workspace of backward (hopper.h), typed. Counted in boundary slots.
 template <class E>
 struct Backward {
-  Saved<E>* saved;                                         // [slots][query heads]
-  GateImage<E>* gates;                                     // [slots][heads]
-  E* E0;  // [slots][heads][keys, values, what rounding dropped of the values][D / 64] tiles [slot][dimension]
-  float* edge;  // [slots][heads][keys, values][D / 64][64]: exp(G_end) <H, dH>, in parts
+  Saved<E>* saved;                                         // [slots][query heads][banks]
+  GateImage<E>* gates;                                     // [slots][heads][banks]
+  E* E0;  // [slots][heads][banks][keys, values, what rounding dropped of the values][D / 64] tiles [slot][dimension]
+  float* edge;  // [slots][heads][banks][keys, values][D / 64][64]: exp(G_end) <H, dH>, in parts
+  float* dx;    // [blocks of hopper_windows.cu][keys, values][64 D]: dk or dv of a window, as accumulators lie; where there are two banks
   explicit Backward(const BackwardWorkspace& w)
-      : saved(static_cast<Saved<E>*>(w.saved)), gates(static_cast<GateImage<E>*>(w.gates)), E0(static_cast<E*>(w.E0)), edge(w.edge) {}
+      : saved(static_cast<Saved<E>*>(w.saved)), gates(static_cast<GateImage<E>*>(w.gates)), E0(static_cast<E*>(w.E0)), edge(w.edge), dx(w.dx) {}
 };
 
 // A tile Y of a chunk of several windows: rows relative to each window's reference become relative to the chunk's beginning.
@@ -904,6 +942,10 @@ template <class F>
 void select_hopper(const Params& p, F&& f) {
   if (p.q.dtype == DType::bf16) p.K == 128 ? f.template operator()<bf16, 128>() : f.template operator()<bf16, 64>();
   else p.K == 128 ? f.template operator()<half, 128>() : f.template operator()<half, 64>();
+}
+template <class F>
+void select_banks(const Params& p, F&& f) {
+  select_hopper(p, [&]<class E, int D>() { banks_of(p) == 1 ? f.template operator()<E, D, 1>() : f.template operator()<E, D, 2>(); });
 }
 
 }  // namespace gsa::cuda::hopper
