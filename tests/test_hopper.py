@@ -119,7 +119,7 @@ def test_same_bits_again_and_at_any_checkpoint_level(r, M, cuda):
 @pytest.mark.parametrize("dtype,D,M,r", [(BF16, 64, 48, 1), (BF16, 128, 48, 1), (BF16, 64, 48, 3), (BF16, 128, 48, 4), (FP16, 128, 48, 2), (BF16, 128, 128, 4),
                                          (FP16, 64, 112, 2)])
 def test_groups_of_heads(dtype, D, M, r, gate, mode, cuda):
-    check(chunk_gsa, make_inputs(2, 150, 2 * r, 2, D, D, M, mode=mode, gate=gate, dtype=dtype, device=cuda, initial_state=True))
+    check(chunk_gsa, make_inputs(4, 150, 2 * r, 2, D, D, M, mode=mode, gate=gate, dtype=dtype, device=cuda, initial_state=True))
 
 
 @once

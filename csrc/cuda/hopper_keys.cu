@@ -13,13 +13,15 @@
 //     dg_t = sum_{u >= t} (e_u - S_u inner_u) + sum_{j < t} S_j outer_j + edge           (products with triangles of ones)
 // Neither e nor inner has the diagonal, and what comes from after the chunk is summed from the front: nothing large is left to cancel (chunk_backward.cu).
 //
-// Two warpgroups for a bank, each with 32 slots (ds, dg) and its share of the dimensions (dk, dv); what is [64 x 64] tokens is made by all. With one bank two blocks on
-// a multiprocessor. What has to be more exact than 16 bits is an operand in two parts: X in inner, S, Y, W and E of the values, the terms of dg.
+// Two warpgroups for a bank. The first has inner and the diagonal, the second outer, and dk and dv: all dimensions, with two banks half of them. In the end they
+// give each other half of the slots, for ds and dg. With one bank two blocks on a multiprocessor. What has to be more exact than 16 bits is an operand in two parts: X in inner, S, Y, W and E of the values, the terms of dg.
 //
-//     shared memory      holds, for one side at a time
-//     A, B, E0           tokens; E, of the values in two parts
-//     Y                  in two parts, for each head anew; then the terms of dg
+//     shared memory      holds
+//     A, B, Y            for a side and query head, with two banks also for the next: tokens, Y in two parts
+//     E0                 for a side: E, of the values in two parts; they come when the keys' first head no longer needs it. With Y: in the end the terms of dg
 //     S                  in two parts
+//     outer              with one bank, where there are no registers for it; as accumulators lie
+//     stages, at last    inner and the diagonal of the half that is given away; with two banks, outer
 #include "core/hopper.cuh"
 #include "core/select.cuh"
 #include "hopper.h"
@@ -31,9 +33,18 @@ using namespace hopper;
 
 template <class E, int D, int BANKS>
 struct KeysShared {
-  alignas(1024) E A[64 * D], Y[BANKS][2][kTile];
-  E B[64 * D], E0[BANKS][2][64 * D], S[BANKS][2][kTile];
-  uint64_t full;
+  static constexpr int stages = BANKS;
+  struct Stage {
+    alignas(1024) E A[64 * D], B[64 * D], Y[BANKS][2][kTile];
+  };
+  Stage stage[stages];
+  E E0[BANKS][2][64 * D], S[BANKS][2][kTile];
+  float outer[BANKS == 1 ? 64 * 64 : 4];
+  uint64_t full[stages], E_full;
+  // Of a bank, in the end.
+  __device__ float* given(int bank) { return reinterpret_cast<float*>(stage) + bank * 2 * 64 * 32; }
+  __device__ float* outer_of(int bank) { return BANKS == 1 ? outer : given(BANKS) + bank * 64 * 64; }
+  static_assert(BANKS * 32 * 1024 <= sizeof(Stage) * stages);
 };
 static_assert(sizeof(KeysShared<bf16, 128, 1>) <= 113 * 1024 && sizeof(KeysShared<bf16, 128, 2>) <= 227 * 1024);
 
@@ -41,131 +52,176 @@ template <class E, int D, int BANKS>
 __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ Backward<E> w) {
 #if GSA_HOPPER
   extern __shared__ __align__(1024) char memory[];
-  constexpr int kThreads = 256 * BANKS, width = D / (2 * BANKS);  // dimensions of a warpgroup
+  constexpr int kThreads = 256 * BANKS, width = D / BANKS;  // dimensions of dk and dv that a warpgroup has
   const int r = p.HQ / p.H;
   const int head = blockIdx.x % p.H;
   Chunk c;
   if (!find_chunk(p, blockIdx.x / p.H, kChunk, c)) return;
-  const int own = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), bank = own / 2, half = own % 2;
+  const int own = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), bank = own % BANKS, half = own / BANKS;  // half: which of the two, too
   const int64_t at = (c.slot * p.H + head) * BANKS;
   const GateImage<E>* const image = w.gates + at;
   const bool cut = w.gates[kept(static_cast<int>(at))].cut;
   auto& m = *reinterpret_cast<KeysShared<E, D, BANKS>*>(memory);
+  constexpr int stages = KeysShared<E, D, BANKS>::stages;
   if (threadIdx.x == 0) {
-    init(&m.full, 1);
+    for (int i = 0; i < stages; ++i) init(m.full + i, 1);
+    init(&m.E_full, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  // What a side and query head need, on their way: tokens, and the tiles in bulk.
-  auto tokens = [&](int side, int h) {
-    if (h == 0) load_tokens<D, kThreads>(m.B, rows_of(side ? p.v : p.k, c, head), c.length, threadIdx.x);
-    load_tokens<D, kThreads>(m.A, rows_of(side ? p.d_o : p.q, c, head * r + h), c.length, threadIdx.x);
+  // What a step, a side and query head, needs, on its way: tokens, and the tiles in bulk. By the second warpgroups, which have less to do.
+  auto tokens = [&](int step) {
+    const int side = step >= r, h = step - side * r;
+    auto& to = m.stage[step % stages];
+    const int thread = threadIdx.x % (kThreads / 2);
+    if (h == 0 || stages > 1) load_tokens<D, kThreads / 2>(to.B, rows_of(side ? p.v : p.k, c, head), c.length, thread);
+    load_tokens<D, kThreads / 2>(to.A, rows_of(side ? p.d_o : p.q, c, head * r + h), c.length, thread);
     cp_async_commit();
   };
-  auto tiles = [&](int side, int h) {
-    if (threadIdx.x) return;
-    const uint32_t bytes = 64 * D * 2;
-    arrive_expecting(&m.full, BANKS * (2 * kTile * 2 + (h ? 0 : (1 + side) * bytes) + (side + h ? 0 : sizeof(m.S[0]))));
+  auto tiles = [&](int step) {
+    if (threadIdx.x != kThreads / 2) return;
+    const int side = step >= r, h = step - side * r;
+    uint64_t* const full = m.full + step % stages;
+    arrive_expecting(full, sizeof(m.stage[0].Y));
     const Saved<E>* const saved = w.saved + (c.slot * p.HQ + head * r + h) * BANKS;
+    for (int b = 0; b < BANKS; ++b) bulk_load(m.stage[step % stages].Y[b], saved[b].Y[side], sizeof(m.stage[0].Y[0]), full);
+  };
+  auto tiles_of_side = [&](int side) {
+    if (threadIdx.x != kThreads / 2) return;
+    const uint32_t bytes = 64 * D * 2;
+    arrive_expecting(&m.E_full, BANKS * (side ? 2 * bytes : bytes + sizeof(m.S[0])));
     for (int b = 0; b < BANKS; ++b) {
-      if (side + h == 0) bulk_load(m.S[b], image[b].S, sizeof(m.S[b]), &m.full);
-      bulk_load(m.Y[b], saved[b].Y[side], 2 * kTile * 2, &m.full);
-      if (h == 0) bulk_load(m.E0[b][0], w.E0 + ((at + b) * 3 + side) * 64 * D, bytes, &m.full);
-      if (h == 0 && side) bulk_load(m.E0[b][1], w.E0 + ((at + b) * 3 + 2) * 64 * D, bytes, &m.full);
+      if (side == 0) bulk_load(m.S[b], image[b].S, sizeof(m.S[b]), &m.E_full);
+      bulk_load(m.E0[b][0], w.E0 + ((at + b) * 3 + side) * 64 * D, bytes, &m.E_full);
+      if (side) bulk_load(m.E0[b][1], w.E0 + ((at + b) * 3 + 2) * 64 * D, bytes, &m.E_full);
     }
   };
   __syncthreads();
-  tokens(0, 0);
+  if (half) tokens(0);
   if (cut) return cp_async_wait_for<0>();
-  tiles(0, 0);
+  tiles(0), tiles_of_side(0);
   const int tid = threadIdx.x % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0), row = warp * 16 + frag_row(), col = half * 32 + frag_col();
   const bool coupled = p.s.ptr == nullptr;
+  const auto begin_step = [&](int step, auto brings) {
+    if (stages == 1 && step) {
+      __syncthreads();  // everybody is done with the stage
+      if (brings()) tokens(step), tiles(step);
+    }
+    if (brings()) cp_async_wait_for<0>(), publish();
+    wait(m.full + step % stages, step / stages & 1);
+    __syncthreads();  // and everybody is done with the step before
+    if (brings() && step == 1) tiles_of_side(1);
+    if (brings() && stages > 1 && step + 1 < 2 * r) tokens(step + 1), tiles(step + 1);
+  };
   float inner[4][4], outer[4][4], diagonal[4][4];
-  zero(inner), zero(outer), zero(diagonal);
-  uint32_t parity = 0;
+  if (half == 0) {
+    float inner_all[8][4], diagonal_all[8][4];
+    zero(inner_all), zero(diagonal_all);
 #pragma unroll 1
-  for (int side = 0; side < 2; ++side) {
-    float dx[width / 8][4];
-#pragma unroll 1
-    for (int h = 0; h < r; ++h, parity ^= 1) {
-      if (side + h) {
-        __syncthreads();  // everybody is done with the tiles
-        tokens(side, h), tiles(side, h);
-      }
-      cp_async_wait_for<0>();
-      wait(&m.full, parity);
-      publish();
-      __syncthreads();
-      const E *A_own = columns<E>(m.A, own * width), *E_rows = m.E0[bank][0] + half * 32 * 64;
-      {  // inner, outer
-        float x[8][4], d[2];
-        hand_over(x);
-        hand_over(outer);
-        products_begin();
-        product<E, D / 16, 0, 0>(x, kmajor(m.B), kmajor(m.A), false);
-        products_commit();
-        if (h == 0) {
-          product<E, D / 16, 0, 0>(outer, kmajor(m.B), kmajor(E_rows), true);
-          if (side) product<E, D / 16, 0, 0>(outer, kmajor(m.B), kmajor(E_rows + 64 * D), true);
+    for (int step = 0; step < 2 * r; ++step) {
+      begin_step(step, std::false_type());
+      auto& stage = m.stage[step % stages];
+      float x[8][4], d[2];
+      hand_over(x);
+      products_begin();
+      product<E, D / 16, 0, 0>(x, kmajor(stage.B), kmajor(stage.A), false);
+      products_commit();
+      products_wait<0>();
+      hand_over(x);
+      diagonal_of(d, x, warp);
+      keep<false, 1>(x, warp);
+      const auto X = split<E>(x);
+      hand_over(inner_all);
+      products_begin();
+      product<E, 1>(inner_all, X.hi, mnmajor(stage.Y[bank][0]));
+      product<E, 1>(inner_all, X.lo, mnmajor(stage.Y[bank][0]));
+      product<E, 1>(inner_all, X.hi, mnmajor(stage.Y[bank][1]));
+      products_commit();
+      const uint32_t Y_row = place(stage.Y[bank][0], row, frag_col());
+#pragma unroll
+      for (int t = 0; t < 8; ++t)
+#pragma unroll
+        for (int g = 0; g < 2; ++g) {
+          const float2 Y = both_at<E>((Y_row + g * 1024) ^ (t * 16));
+          diagonal_all[t][2 * g] += d[g] * Y.x, diagonal_all[t][2 * g + 1] += d[g] * Y.y;
         }
-        products_commit();
-        products_wait<1>();
-        hand_over(x);
-        diagonal_of(d, x, warp);
-        keep<false, 1>(x, warp);
-        const auto X = split<E>(x);
-        hand_over(inner);
+      products_wait<0>();
+      hand_over(inner_all);
+    }
+    __syncthreads();  // everybody is done with the stages
+    float4* const to = reinterpret_cast<float4*>(m.given(bank)) + tid;
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+      const float (&x)[4] = inner_all[t + 4], (&y)[4] = diagonal_all[t + 4];
+      to[t * 128] = make_float4(x[0], x[1], x[2], x[3]), to[(t + 4) * 128] = make_float4(y[0], y[1], y[2], y[3]);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) inner[t][e] = inner_all[t][e], diagonal[t][e] = diagonal_all[t][e];
+    }
+    __syncthreads();
+  } else {
+    float dx[width / 8][4], apart[BANKS == 1 ? 1 : 8][4];
+    auto& outer_all = *reinterpret_cast<float(*)[8][4]>(BANKS == 1 ? dx : apart);
+#pragma unroll 1
+    for (int step = 0; step < 2 * r; ++step) {
+      begin_step(step, std::true_type());
+      auto& stage = m.stage[step % stages];
+      const int side = step >= r, h = step - side * r;
+      if (h == 0) {
+        wait(&m.E_full, side);
+        if (BANKS == 1 && side) get(outer_all, m.outer, tid);
+        hand_over(outer_all);
         products_begin();
-        product<E, 1>(inner, X.hi, mnmajor(m.Y[bank][0] + half * 32));
-        product<E, 1>(inner, X.lo, mnmajor(m.Y[bank][0] + half * 32));
-        product<E, 1>(inner, X.hi, mnmajor(m.Y[bank][1] + half * 32));
+        product<E, D / 16, 0, 0>(outer_all, kmajor(stage.B), kmajor(m.E0[bank][0]), side);
+        if (side) product<E, D / 16, 0, 0>(outer_all, kmajor(stage.B), kmajor(m.E0[bank][1]), true);
         products_commit();
-        const uint32_t Y_row = place(m.Y[bank][0], row, frag_col()) ^ (half * 64);
-#pragma unroll
-        for (int t = 0; t < 4; ++t)
-#pragma unroll
-          for (int g = 0; g < 2; ++g) {
-            const float2 Y = both_at<E>((Y_row + g * 1024) ^ (t * 16));
-            diagonal[t][2 * g] += d[g] * Y.x, diagonal[t][2 * g + 1] += d[g] * Y.y;
-          }
         products_wait<0>();
-        hand_over(inner);
-        hand_over(outer);
+        hand_over(outer_all);
+        if (BANKS == 1) put(m.outer, outer_all, tid);
+        zero(dx);
       }
-      {  // dk or dv
-        float x[8][4];
-        hand_over(x);
-        products_begin();
+      float x[8][4];
+      hand_over(x);
+      products_begin();
+#pragma unroll
+      for (int b = 0; b < BANKS; ++b) {
+        product<E, 4, 0, 0>(x, kmajor(m.S[b][0]), kmajor(stage.Y[b][0]), b > 0);
+        product<E, 4, 0, 0>(x, kmajor(m.S[b][1]), kmajor(stage.Y[b][0]), true);
+        product<E, 4, 0, 0>(x, kmajor(m.S[b][0]), kmajor(stage.Y[b][1]), true);
+      }
+      products_commit();
+      products_wait<0>();
+      hand_over(x);
+      keep<false, 0>(x, warp);
+      const auto W = split<E>(x);
+      hand_over(dx);
+      products_begin();
+      if (h == 0)
 #pragma unroll
         for (int b = 0; b < BANKS; ++b) {
-          product<E, 4, 0, 0>(x, kmajor(m.S[b][0]), kmajor(m.Y[b][0]), b > 0);
-          product<E, 4, 0, 0>(x, kmajor(m.S[b][1]), kmajor(m.Y[b][0]), true);
-          product<E, 4, 0, 0>(x, kmajor(m.S[b][0]), kmajor(m.Y[b][1]), true);
+          const E *E_own = columns<E>(m.E0[b][0], bank * width), *dropped = columns<E>(m.E0[b][1], bank * width);
+          product<E, 4, 0, 1>(dx, kmajor(m.S[b][0]), mnmajor(E_own), true);
+          product<E, 4, 0, 1>(dx, kmajor(m.S[b][1]), mnmajor(E_own), true);
+          if (side) product<E, 4, 0, 1>(dx, kmajor(m.S[b][0]), mnmajor(dropped), true);
         }
-        products_commit();
-        products_wait<0>();
-        hand_over(x);
-        keep<false, 0>(x, warp);
-        const auto W = split<E>(x);
-        if (h == 0) zero(dx);
-        hand_over(dx);
-        products_begin();
-        if (h == 0)
-#pragma unroll
-          for (int b = 0; b < BANKS; ++b) {
-            const E* E_own = columns<E>(m.E0[b][0], own * width);
-            product<E, 4, 0, 1>(dx, kmajor(m.S[b][0]), mnmajor(E_own), true);
-            product<E, 4, 0, 1>(dx, kmajor(m.S[b][1]), mnmajor(E_own), true);
-            if (side) product<E, 4, 0, 1>(dx, kmajor(m.S[b][0]), mnmajor(E_own + 64 * D), true);
-          }
-        product<E, 1>(dx, W.hi, mnmajor(A_own));
-        if (side) product<E, 1>(dx, W.lo, mnmajor(A_own));
-        products_commit();
-        products_wait<0>();
-        hand_over(dx);
-      }
+      const E* A_own = columns<E>(stage.A, bank * width);
+      product<E, 1>(dx, W.hi, mnmajor(A_own));
+      if (side) product<E, 1>(dx, W.lo, mnmajor(A_own));
+      products_commit();
+      products_wait<0>();
+      hand_over(dx);
+      if (h == r - 1) store_window<E>(rows_of(side ? p.dv : p.dk, c, head), dx, warp, 0, c.length, bank * width);
     }
-    store_window<E>(rows_of(side ? p.dv : p.dk, c, head), dx, warp, 0, c.length, own * width);
+    __syncthreads();
+    if (BANKS > 1) put(m.outer_of(bank), outer_all, tid);
+    __syncthreads();
+    const float4* const from = reinterpret_cast<const float4*>(m.given(bank)) + tid;
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+      const float4 x = from[t * 128], y = from[(t + 4) * 128];
+      inner[t][0] = x.x, inner[t][1] = x.y, inner[t][2] = x.z, inner[t][3] = x.w;
+      diagonal[t][0] = y.x, diagonal[t][1] = y.y, diagonal[t][2] = y.z, diagonal[t][3] = y.w;
+    }
   }
+  get(outer, m.outer_of(bank) + half * 4 * 512, tid);
 
   float T[4][4], s[4][4];  // terms of dg from the back; write strengths. From the front in the place of outer, ds in that of inner
   zero(T);
@@ -199,8 +255,8 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __gr
         }
       }
   }
-  __syncthreads();  // everybody is done with the tiles
-  E *T_tile = (half ? m.E0[0][0] : m.Y[0][0]) + bank * 2 * kTile, *F_tile = T_tile + kTile;  // of this warpgroup's columns, two parts side by side
+  __syncthreads();  // everybody has what it was given
+  E *T_tile = (half ? m.E0[0][0] : m.stage[0].Y[0][0]) + bank * 2 * kTile, *F_tile = T_tile + kTile;  // of this warpgroup's columns, two parts side by side
   {
     auto X = split<E>(T);
     store_operand<E>(T_tile, X.hi, warp), store_operand<E>(T_tile, X.lo, warp, 32);
@@ -250,7 +306,7 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __gr
           if (j == 0 && image[bank].start[col + t * 8 + e] == 0.f) x[e] = 0.f;  // a reset forgets whatever the gate would have changed
           if (coupled) x[e] -= (1.f - s[t][2 * h + e]) * inner[t][2 * h + e];  // s = 1 - exp(g)
         }
-        if (own * 32 + t * 8 < p.M) {
+        if (bank * kSlots + half * 32 + t * 8 < p.M) {
           const int slot = bank * kSlots + col + t * 8;
           store_pair<E>(p.dg, dg_rows.at(j) + slot, x[0], x[1]);
           if (!coupled) store_pair<E>(p.ds, ds_rows.at(j) + slot, inner[t][2 * h], inner[t][2 * h + 1]);

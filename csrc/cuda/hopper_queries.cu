@@ -6,11 +6,13 @@
 //     dq = tril(Yk S^T) k + (Yk exp(ref)) Hk^T
 //
 // S, R, ref are those of hopper_gates.cu; a chunk that has to be cut makes them here, for one window after the other. Yk, Yv and e go to hopper_scan.cu and
-// hopper_keys.cu. Two warpgroups for a bank, each with 32 slots (o1, dp, p, Y) and its share of the dimensions (dq); what is [64 x 64] tokens is made by all. What
-// has to be more exact than 16 bits is an operand in two parts: X, S, Y. With one bank two blocks on a multiprocessor: while one waits the other works.
+// hopper_keys.cu. Two warpgroups for a bank: first one has o1, the other dp, of all its slots; then they give each other half, and each has o1, dp, p, Y of 32 slots
+// and its share of the dimensions of dq. What has to be more exact than 16 bits is an operand in two parts: X, S, Y. With one bank two blocks on a multiprocessor:
+// while one waits the other works. With two there is room to bring the next query head's tokens while this one's are no longer needed.
 //
 //     shared memory      holds
-//     A[0], A[1]         q, R; then q, d_o; then sums of rows and Yk, Yv
+//     A                  q, d_o
+//     Y, with one bank in the place of A:  windows' R, Advance's; what the warpgroups give each other, sums of rows; Yk, Yv
 //     B, H, S            k, v; states before the window; gates' sums, then S in two parts
 #include "core/hopper.cuh"
 #include "core/select.cuh"
@@ -23,19 +25,24 @@ using namespace hopper;
 
 template <class E, int D, int BANKS>
 struct QueriesShared {
-  static constexpr int rows = std::max(64 * D, BANKS * 2 * kTile);  // of A: room for Y in two parts
-  struct Before {  // of Advance, in A[0]
+  static constexpr bool ahead = BANKS > 1;  // A is apart
+  static constexpr int rows = std::max(64 * D, BANKS * 2 * kTile);  // Yk or Yv in two parts; or q, d_o
+  struct Before {  // of Advance, in Y[0]
     alignas(1024) E S[BANKS][kTile];
     float decay[BANKS * kSlots];
   };
-  struct RowSums {  // of the slots of either warpgroup, in A[0]
-    float top[2 * BANKS][64], sum[2 * BANKS][64], dot[2 * BANKS][64];
+  struct RowSums {  // of the slots of either warpgroup; diagonals of q k^T and d_o v^T. In Y[1]
+    float top[2 * BANKS][64], sum[2 * BANKS][64], dot[2 * BANKS][64], diagonal[2][BANKS][64];
   };
-  alignas(1024) E A[2][rows];
-  E B[2][64 * D], H[2][BANKS][64 * D], S[BANKS][2][kTile];
+  alignas(1024) E Y[2][rows];
+  E B[2][64 * D], H[2][BANKS][64 * D], S[BANKS][2][kTile], tokens[ahead ? 2 * 64 * D : 8];
   float in[BANKS * kSlots];
   uint64_t S_full;
+  __device__ E* A(int side) { return ahead ? tokens + side * 64 * D : Y[side]; }
+  // [bank][warpgroup that gives]: half of the slots, as accumulators lie
+  __device__ float* given(int bank, int half) { return reinterpret_cast<float*>(Y[0]) + (bank * 2 + half) * 64 * 32; }
   static_assert(sizeof(Before) <= rows * 2 && BANKS * kTile * 4 <= rows * 2 && sizeof(typename GateMaker<E, 8>::Scratch) <= kTile * 2);
+  static_assert(BANKS * 2 * 64 * 32 * 4 <= rows * 2 && sizeof(RowSums) <= rows * 2);
 };
 static_assert(sizeof(QueriesShared<bf16, 128, 1>) <= 113 * 1024 && sizeof(QueriesShared<bf16, 128, 2>) <= 227 * 1024);
 
@@ -47,13 +54,13 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void queries_kernel(const _
   using Shared = QueriesShared<E, D, BANKS>;
   constexpr int kThreads = 256 * BANKS, width = D / (2 * BANKS);  // dimensions of a warpgroup
   auto& m = *reinterpret_cast<Shared*>(memory);
-  auto& before_window = *reinterpret_cast<typename Shared::Before*>(m.A[0]);
-  auto& sums = *reinterpret_cast<typename Shared::RowSums*>(m.A[0]);
+  auto& before_window = *reinterpret_cast<typename Shared::Before*>(m.Y[0]);
+  auto& sums = *reinterpret_cast<typename Shared::RowSums*>(m.Y[1]);
   const int r = p.HQ / p.H, turns = r / heads;
   const int64_t head = blockIdx.x / turns % p.H, first_head = head * r + blockIdx.x % turns * heads;
   Chunk c;
   if (!find_chunk(p, blockIdx.x / turns / p.H, kChunk, c)) return;
-  const int own = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), bank = own / 2, half = own % 2;
+  const int own = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), bank = own % BANKS, half = own / BANKS;  // half: of the bank's slots, and side
   const int tid = threadIdx.x % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0);
   const int row = warp * 16 + frag_row(), col = half * 32 + frag_col();
   const float scale = static_cast<float>(p.scale);
@@ -62,14 +69,14 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void queries_kernel(const _
   // Everything is on its way before anything is waited for.
   GateImage<E>* const image = w.gates + (c.slot * p.H + head) * BANKS;
   const bool cut = image->cut;
-  load_tokens<D, kThreads>(m.A[0], rows_of(p.q, c, first_head), c.length, threadIdx.x);
-  load_tokens<D, kThreads>(m.B[0], rows_of(p.k, c, head), c.length, threadIdx.x);
-  for (int side = 0; side < 2; ++side)
-    for (int b = 0; b < BANKS; ++b) load_state<D, kThreads>(m.H[side][b], states + side * int64_t(D) * p.M, p.M, threadIdx.x, b);
-  cp_async_commit();
-  load_tokens<D, kThreads>(m.A[1], rows_of(p.d_o, c, first_head), c.length, threadIdx.x);
-  load_tokens<D, kThreads>(m.B[1], rows_of(p.v, c, head), c.length, threadIdx.x);
-  cp_async_commit();
+  // Each side's by its warpgroups.
+  auto load_A = [&](int64_t q_head) {
+    load_tokens<D, kThreads / 2>(m.A(half), rows_of(half ? p.d_o : p.q, c, q_head), c.length, threadIdx.x % (kThreads / 2));
+    cp_async_commit();
+  };
+  load_tokens<D, kThreads / 2>(m.B[half], rows_of(half ? p.v : p.k, c, head), c.length, threadIdx.x % (kThreads / 2));
+  load_state<D, 128>(m.H[half][bank], states + half * int64_t(D) * p.M, p.M, tid, bank);
+  load_A(first_head);
   if (!cut) {
     if (threadIdx.x == 0) {
       init(&m.S_full, 1);
@@ -91,11 +98,11 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void queries_kernel(const _
       wait(&m.S_full, 0);
     } else {
       const Advance<E> advance{before_window.S[0], before_window.decay};
-      float* const R_tile = reinterpret_cast<float*>(m.A[1]);
+      float* const R_tile = reinterpret_cast<float*>(m.Y[1]);
       end = make_window<E, D, BANKS>(p, blockIdx.x / turns / p.H, head, begin, advance, R_tile, m.S[0][0], m.in, m.H[0][0], m.B[0], m.B[1], states);
       load_R(R, R_tile + bank * kTile, row, col);
       if (first_head == head * r)  // for the cotangents' scan
-        for (int i = threadIdx.x % 256; i < (end - begin) * kSlots; i += 256)
+        for (int i = half * 128 + tid; i < (end - begin) * kSlots; i += 256)
           image[bank].R[begin * kSlots + i] = m.in[bank * kSlots + i % kSlots] * (begin ? advance.decay[bank * kSlots + i % kSlots] : 1.f);
     }
 
@@ -103,22 +110,42 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void queries_kernel(const _
     for (int64_t q_head = first_head; q_head < first_head + heads; ++q_head) {
       auto& m = *reinterpret_cast<Shared*>(memory + kept(0));  // addresses are made where they are used: there are no registers to keep them in
       const int tid = kept(threadIdx.x) % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0), row = warp * 16 + frag_row();
-      if (cut || q_head > first_head) {
+      if (Shared::ahead ? cut && q_head == first_head : cut || q_head > first_head) {
         __syncthreads();  // A is free
-        load_tokens<D, kThreads>(m.A[0], rows_of(p.q, c, q_head), c.length, threadIdx.x);
-        cp_async_commit();
-        load_tokens<D, kThreads>(m.A[1], rows_of(p.d_o, c, q_head), c.length, threadIdx.x);
-        cp_async_commit();
+        load_A(q_head);
       }
-      cp_async_wait_for<1>();
-      publish();
-      __syncthreads();
-      float o[4][4], dp[4][4], d[2], b[2];
-      scores<E, D, false>(o, d, m.A[0], m.B[0], m.H[0][bank] + half * 32, m.S[bank][0] + half * 32, m.in + own * 32, warp);
       cp_async_wait_for<0>();
       publish();
-      __syncthreads();
-      scores<E, D, false>(dp, b, m.A[1], m.B[1], m.H[1][bank] + half * 32, m.S[bank][0] + half * 32, m.in + own * 32, warp);
+      if (Shared::ahead) __syncthreads();  // and Y is done with
+      else sync(3 + half, kThreads / 2);
+      float o[4][4], dp[4][4], d[2], b[2];
+      {
+        float x[8][4], other[2];
+        scores<E, D, false>(x, other, m.A(half), m.B[half], m.H[half][bank], m.S[bank][0], m.in + bank * kSlots, warp);
+        if (!Shared::ahead) __syncthreads();  // A is done with
+        float4* const to = reinterpret_cast<float4*>(m.given(bank, half)) + tid;
+#pragma unroll
+        for (int t = 0; t < 4; ++t) {
+          const float (&mine)[4] = x[t], (&theirs)[4] = x[t + 4];
+          to[t * 128] = half ? make_float4(mine[0], mine[1], mine[2], mine[3]) : make_float4(theirs[0], theirs[1], theirs[2], theirs[3]);
+        }
+        if ((lane_id() & 3) == 0) sums.diagonal[half][bank][row] = other[0], sums.diagonal[half][bank][row + 8] = other[1];
+        __syncthreads();  // with two banks A is done with
+        if (Shared::ahead && q_head + 1 < first_head + heads) load_A(q_head + 1);
+        const float4* const from = reinterpret_cast<const float4*>(m.given(bank, !half)) + tid;
+#pragma unroll
+        for (int t = 0; t < 4; ++t) {
+          const float4 y = from[t * 128];
+          const float got[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const float kept_back = half ? x[t + 4][e] : x[t][e];
+            o[t][e] = half ? got[e] : kept_back, dp[t][e] = half ? kept_back : got[e];
+          }
+        }
+#pragma unroll
+        for (int h = 0; h < 2; ++h) d[h] = sums.diagonal[0][bank][row + 8 * h], b[h] = sums.diagonal[1][bank][row + 8 * h];
+      }
 
       // softmax, and <p, dp>, over all slots
       float y[4][4], s[4][4], top[2], sum[2], dot[2];
@@ -133,7 +160,7 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void queries_kernel(const _
 #pragma unroll
           for (int e = 2 * h; e < 2 * h + 2; ++e) {
             o[t][e] *= R[t][e], dp[t][e] *= R[t][e];
-            y[t][e] = own * 32 + t * 8 < p.M ? fmaf(d[h], s[t][e], o[t][e]) * (scale * 1.4426950408889634f) : -INFINITY;
+            y[t][e] = bank * kSlots + half * 32 + t * 8 < p.M ? fmaf(d[h], s[t][e], o[t][e]) * (scale * 1.4426950408889634f) : -INFINITY;
             top[h] = fmaxf(top[h], y[t][e]);
           }
         }
@@ -176,14 +203,14 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void queries_kernel(const _
           dp[t][e] = cotangent * R[t][e];
           y[t][e] = prob * R[t][e];
         }
-      __syncthreads();  // the sums of rows and d_o are done with
+      __syncthreads();  // what lies in Y is done with
       {
         auto Y = split<E>(dp);
-        store_operand<E>(m.A[0] + bank * 2 * kTile, Y.hi, warp, half * 32);
-        store_operand<E>(m.A[0] + bank * 2 * kTile + kTile, Y.lo, warp, half * 32);
+        store_operand<E>(m.Y[0] + bank * 2 * kTile, Y.hi, warp, half * 32);
+        store_operand<E>(m.Y[0] + bank * 2 * kTile + kTile, Y.lo, warp, half * 32);
         Y = split<E>(y);
-        store_operand<E>(m.A[1] + bank * 2 * kTile, Y.hi, warp, half * 32);
-        store_operand<E>(m.A[1] + bank * 2 * kTile + kTile, Y.lo, warp, half * 32);
+        store_operand<E>(m.Y[1] + bank * 2 * kTile, Y.hi, warp, half * 32);
+        store_operand<E>(m.Y[1] + bank * 2 * kTile + kTile, Y.lo, warp, half * 32);
       }
       publish();
       __syncthreads();
@@ -193,7 +220,7 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void queries_kernel(const _
 #pragma unroll
         for (int x = 0; x < 4 * BANKS; ++x) {
           const int b = x / 4, side = x / 2 % 2, part = x % 2;
-          bulk_store(save[b].Y[side][part] + begin * 64, m.A[side] + (b * 2 + part) * kTile + begin * 64, (last - begin) * 128);
+          bulk_store(save[b].Y[side][part] + begin * 64, m.Y[side] + (b * 2 + part) * kTile + begin * 64, (last - begin) * 128);
         }
         bulk_commit();
       }
@@ -216,13 +243,13 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void queries_kernel(const _
         products_begin();
 #pragma unroll
         for (int b = 0; b < BANKS; ++b) {
-          const E* Y = m.A[0] + b * 2 * kTile;
+          const E* Y = m.Y[0] + b * 2 * kTile;
           product<E, 4, 0, 0>(x, kmajor(Y), kmajor(m.S[b][0]), b > 0);
           product<E, 4, 0, 0>(x, kmajor(Y + kTile), kmajor(m.S[b][0]), true);
           product<E, 4, 0, 0>(x, kmajor(Y), kmajor(m.S[b][1]), true);
         }
         products_commit();
-        typename Arith<E>::template Op<64> Yref = operand_times(m.A[0], m.in, warp);
+        typename Arith<E>::template Op<64> Yref = operand_times(m.Y[0], m.in, warp);
         products_wait<0>();
         hand_over(x);
         keep<true, 0>(x, warp);
@@ -234,7 +261,7 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void queries_kernel(const _
         product<E, 1>(dq, dA1, mnmajor(columns<E>(m.B[0], own * width)));
 #pragma unroll
         for (int b = 0; b < BANKS; ++b) {
-          if (b) Yref = operand_times(m.A[0] + b * 2 * kTile, m.in + b * kSlots, warp);
+          if (b) Yref = operand_times(m.Y[0] + b * 2 * kTile, m.in + b * kSlots, warp);
           product<E, 0>(dq, Yref, kmajor(m.H[0][b] + own * width * 64));
         }
         products_commit();

@@ -915,11 +915,20 @@ __device__ inline void state_products(float (&sum)[2], const E* H, const float (
   sum[0] = quad_sum(sum[0]), sum[1] = quad_sum(sum[1]);
 }
 
-// Accumulators for the same thread of another warpgroup.
+// Accumulators for the same thread of another warpgroup, or for later.
 template <int NT>
 __device__ inline void put(float* to, const float (&x)[NT][4], int tid) {
 #pragma unroll
   for (int t = 0; t < NT; ++t) reinterpret_cast<float4*>(to)[t * 128 + tid] = make_float4(x[t][0], x[t][1], x[t][2], x[t][3]);
+}
+
+template <int NT>
+__device__ inline void get(float (&x)[NT][4], const float* from, int tid) {
+#pragma unroll
+  for (int t = 0; t < NT; ++t) {
+    const float4 y = reinterpret_cast<const float4*>(from)[t * 128 + tid];
+    x[t][0] = y.x, x[t][1] = y.y, x[t][2] = y.z, x[t][3] = y.w;
+  }
 }
 
 // Ones where u >= t (upper) or u < t, row t of the warp's 16: an operand.
