@@ -15,17 +15,22 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
+using Two = std::tuple<Tensor, Tensor>;
 
 // ------------------------------------------------------------------------------------------------------------ rotate
 
-void check_rotate(const Tensor& x, const Tensor& cos, const Tensor& sin) {
-  TORCH_CHECK_VALUE(x.dim() == 4, "x: expected shape [B, T, H, D], given ", x.sym_sizes());
-  TORCH_CHECK_VALUE(cos.dim() == 3 && (cos.sym_size(0) == x.sym_size(0) || cos.sym_size(0) == 1) && cos.sym_size(1) == x.sym_size(1) &&
-                        cos.sym_size(2) % 2 == 0 && cos.sym_size(2) <= x.sym_size(3),
-                    "cos: expected shape [B or 1, T, n] with an even n of at most D, x being ", x.sym_sizes(), ", given ", cos.sym_sizes());
+void check_rotate(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin) {
+  TORCH_CHECK_VALUE(q.dim() == 4, "q: expected shape [B, T, HQ, D], given ", q.sym_sizes());
+  TORCH_CHECK_VALUE(k.dim() == 4 && k.sym_size(0) == q.sym_size(0) && k.sym_size(1) == q.sym_size(1) && k.sym_size(3) == q.sym_size(3),
+                    "k: expected shape [B, T, H, D], q being ", q.sym_sizes(), ", given ", k.sym_sizes());
+  TORCH_CHECK_VALUE(cos.dim() == 3 && (cos.sym_size(0) == q.sym_size(0) || cos.sym_size(0) == 1) && cos.sym_size(1) == q.sym_size(1) &&
+                        cos.sym_size(2) % 2 == 0 && cos.sym_size(2) <= q.sym_size(3),
+                    "cos: expected shape [B or 1, T, n] with an even n of at most D, q being ", q.sym_sizes(), ", given ", cos.sym_sizes());
   TORCH_CHECK_VALUE(sin.sym_sizes() == cos.sym_sizes(), "sin: expected cos's shape ", cos.sym_sizes(), ", given ", sin.sym_sizes());
-  TORCH_CHECK(x.device() == cos.device() && x.device() == sin.device(), "x, cos and sin are on ", x.device(), ", ", cos.device(), " and ", sin.device(),
-              ": move them to one device");
+  for (const Tensor* x : {&q, &k, &cos, &sin})
+    TORCH_CHECK_TYPE(at::isFloatingType(x->scalar_type()), "q, k, cos, sin: expected floating point dtypes, given ", x->scalar_type());
+  TORCH_CHECK(q.device() == k.device() && q.device() == cos.device() && q.device() == sin.device(), "q, k, cos and sin are on ", q.device(), ", ", k.device(),
+              ", ", cos.device(), " and ", sin.device(), ": move them to one device");
 }
 
 #ifdef GSA_WITH_CUDA
@@ -39,24 +44,8 @@ View view(const Tensor& x) {
 }
 #endif
 
-Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, bool transposed) {
-  check_rotate(x, cos, sin);
-  const c10::DeviceGuard guard(x.device());
-  const int64_t D = x.size(3), n = cos.size(2);
-#ifdef GSA_WITH_CUDA
-  if (has_kernel(x) && cos.scalar_type() == x.scalar_type() && sin.scalar_type() == x.scalar_type()) {
-    auto readable = [](const Tensor& t) { return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous(); };
-    const Tensor in = readable(x), c = readable(cos), s = readable(sin);
-    Tensor o = at::empty(x.sizes(), x.options());
-    RotateParams p;
-    p.B = x.size(0), p.T = x.size(1), p.heads = static_cast<int32_t>(x.size(2)), p.D = static_cast<int32_t>(D), p.n = static_cast<int32_t>(n);
-    p.transposed = transposed, p.x = view(in), p.o = view(o), p.cos = view(c), p.sin = view(s), p.stream = stream_of(x);
-    if (c.size(0) == 1) p.cos.batch = p.sin.batch = 0;
-    if (o.numel() > 0) cuda::rotate(p);
-    return o;
-  }
-#endif
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+Tensor rotate_one(const Tensor& x, const Tensor& cos, const Tensor& sin, bool transposed) {
+  const int64_t n = cos.size(2);
   Tensor o = at::empty(x.sizes(), x.options());
   const Tensor c = cos.unsqueeze(2), s = sin.unsqueeze(2);
   Tensor turned = o.slice(3, 0, n), o1 = o.slice(3, 0, n / 2), o2 = o.slice(3, n / 2, n);
@@ -68,28 +57,54 @@ Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, bool transp
   return o;
 }
 
-Tensor rotate_meta(const Tensor& x, const Tensor& cos, const Tensor& sin, bool) {
-  check_rotate(x, cos, sin);
-  return at::empty_symint(x.sym_sizes(), x.options());
+Two rotate(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, bool transposed) {
+  check_rotate(q, k, cos, sin);
+  const c10::DeviceGuard guard(q.device());
+#ifdef GSA_WITH_CUDA
+  const bool one_dtype = k.scalar_type() == q.scalar_type() && cos.scalar_type() == q.scalar_type() && sin.scalar_type() == q.scalar_type();
+  if (has_kernel(q) && one_dtype) {
+    auto readable = [](const Tensor& t) { return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous(); };
+    const Tensor qr = readable(q), kr = readable(k), c = readable(cos), s = readable(sin);
+    Tensor qo = at::empty(q.sizes(), q.options()), ko = at::empty(k.sizes(), k.options());
+    RotateParams p;
+    p.B = q.size(0), p.T = q.size(1), p.q_heads = static_cast<int32_t>(q.size(2)), p.k_heads = static_cast<int32_t>(k.size(2));
+    p.D = static_cast<int32_t>(q.size(3)), p.n = static_cast<int32_t>(cos.size(2)), p.transposed = transposed, p.stream = stream_of(q);
+    p.q = view(qr), p.k = view(kr), p.q_out = view(qo), p.k_out = view(ko), p.cos = view(c), p.sin = view(s);
+    if (c.size(0) == 1) p.cos.batch = 0;
+    if (s.size(0) == 1) p.sin.batch = 0;
+    if (qo.numel() + ko.numel() > 0) cuda::rotate(p);
+    return {qo, ko};
+  }
+#endif
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  return {rotate_one(q, cos, sin, transposed), rotate_one(k, cos, sin, transposed)};
+}
+
+Two rotate_meta(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, bool) {
+  check_rotate(q, k, cos, sin);
+  return {at::empty_symint(q.sym_sizes(), q.options()), at::empty_symint(k.sym_sizes(), k.options())};
 }
 
 struct Rotate : torch::autograd::Function<Rotate> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& cos, const Tensor& sin, bool transposed) {
+  static variable_list forward(AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, bool transposed) {
     const at::AutoDispatchBelowADInplaceOrView below;
     static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("gsa::rotate", "").typed<decltype(rotate)>();
     ctx->save_for_backward({cos, sin});
     ctx->saved_data["transposed"] = transposed;
-    return op.call(x, cos, sin, transposed);
+    auto [qo, ko] = op.call(q, k, cos, sin, transposed);
+    return {qo, ko};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("gsa::rotate", "").typed<decltype(rotate)>();
     const variable_list saved = ctx->get_saved_variables();
-    return {op.call(grads[0], saved[0], saved[1], !ctx->saved_data["transposed"].toBool()), {}, {}, {}};
+    auto [dq, dk] = op.call(grads[0], grads[1], saved[0], saved[1], !ctx->saved_data["transposed"].toBool());
+    return {dq, dk, {}, {}, {}};
   }
 };
 
-Tensor rotate_autograd(const Tensor& x, const Tensor& cos, const Tensor& sin, bool transposed) {
-  return Rotate::apply(x, cos.detach(), sin.detach(), transposed);
+Two rotate_autograd(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, bool transposed) {
+  const variable_list o = Rotate::apply(q, k, cos.detach(), sin.detach(), transposed);
+  return {o[0], o[1]};
 }
 
 // ------------------------------------------------------------------------------------------------------------ log_gate
@@ -161,7 +176,7 @@ Tensor log_gate_autograd(const Tensor& logits, double normalizer) { return LogGa
 
 TORCH_LIBRARY_FRAGMENT(gsa, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
-  m.def("rotate(Tensor x, Tensor cos, Tensor sin, bool transposed=False) -> Tensor", tags);
+  m.def("rotate(Tensor q, Tensor k, Tensor cos, Tensor sin, bool transposed=False) -> (Tensor, Tensor)", tags);
   m.def("log_gate(Tensor logits, float normalizer) -> Tensor", tags);
   m.def("log_gate_backward(Tensor d_g, Tensor logits, float normalizer) -> Tensor", tags);
 }

@@ -155,12 +155,12 @@ struct WindowParams {
   void* stream = nullptr;
 };
 
-// o = x with its first n components turned: x cos + (-x2, x1) sin, x1 and x2 being their halves; transposed: the other way round.
+// q and k with their first n components turned: x cos + (-x2, x1) sin, x1 and x2 being their halves; transposed: the other way round.
 struct RotateParams {
   int64_t B = 0, T = 0;
-  int32_t heads = 0, D = 0, n = 0;
+  int32_t q_heads = 0, k_heads = 0, D = 0, n = 0;
   bool transposed = false;
-  View x, o;                          // [B, T, heads, D]
+  View q, k, q_out, k_out;            // [B, T, q_heads or k_heads, D]
   View cos, sin;                      // [B or 1, T, n], strides batch and token
   void* stream = nullptr;
 };

@@ -19,19 +19,40 @@ def turned(x, cos, sin):
     return torch.cat([(first + torch.cat([-x2, x1], -1) * sin[:, :, None].to(wide)).to(x.dtype), x[..., n:]], -1)
 
 
-@pytest.mark.parametrize("B,T,H,D,n,batch", [(2, 5, 3, 64, 64, 1), (2, 5, 3, 80, 32, 2), (1, 7, 2, 20, 6, 1), (3, 70, 8, 128, 128, 3), (2, 0, 2, 8, 8, 1)])
+@pytest.mark.parametrize("B,T,HQ,H,D,n,batch", [
+    (2, 5, 6, 3, 64, 64, 1), (2, 5, 3, 3, 80, 32, 2), (1, 7, 4, 2, 20, 6, 1), (3, 70, 32, 8, 128, 128, 3), (1, 3, 2, 1, 512, 512, 1), (1, 3, 2, 1, 512, 2, 1),
+    (1, 3, 5, 1, 8, 8, 1), (2, 0, 2, 2, 8, 8, 1), (1, 3, 2, 0, 8, 8, 1)])
 @dtypes
-def test_rotate(dtype, B, T, H, D, n, batch, device):
+def test_rotate(dtype, B, T, HQ, H, D, n, batch, device):
     """Slices of a fused projection, a part of the head, angles for all rows or for each; to the bit in 16 bits. Its gradient is the way back."""
     torch.manual_seed(0)
-    x = torch.randn(B, T, 2 * H, D, device=device).to(dtype)[:, :, H:]
+    inputs = torch.randn(B, T, HQ + 2 * H, D, device=device).to(dtype).split([HQ, H, H], dim=2)[:2]
     angle = torch.randn(batch, T, n, device=device)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
-    leaf, cotangent = x.clone().requires_grad_(), torch.randn_like(x)
-    got = torch.ops.gsa.rotate(x, cos, sin)
-    (dx,) = torch.autograd.grad(torch.ops.gsa.rotate(leaf, cos, sin), leaf, cotangent)
-    for a, b in ((got, turned(x, cos, sin)), (dx, turned(cotangent, cos, -sin.roll(n // 2, -1)))):
+    leaves, cotangents = [x.clone().requires_grad_() for x in inputs], [torch.randn_like(x) for x in inputs]
+    got = torch.ops.gsa.rotate(*inputs, cos, sin)
+    back = torch.autograd.grad(torch.ops.gsa.rotate(*leaves, cos, sin), leaves, cotangents)
+    want = [turned(x, cos, sin) for x in inputs] + [turned(x, cos, -sin.roll(n // 2, -1)) for x in cotangents]
+    for a, b in zip((*got, *back), want):
         assert a.dtype == dtype and (torch.equal(a, b) if dtype.itemsize == 2 else torch.allclose(a, b, rtol=1e-6, atol=1e-6))
+
+
+@dtypes
+def test_rotate_is_the_formula(dtype, device):
+    """To the bit the passes that it stands for, for inputs and angles at addresses that are no multiple of 16 bytes too; of one output alone as well."""
+    torch.manual_seed(0)
+    for odd in (0, 1):
+        q, k = (torch.randn(2 * 5 * H * 16 + odd, device=device).to(dtype)[odd:].view(2, 5, H, 16) for H in (4, 2))
+        cos, sin = (torch.randn(5 * 16 + odd, device=device).to(dtype)[odd:].view(1, 5, 16) for _ in range(2))
+        for x, got in zip((q, k), torch.ops.gsa.rotate(q, k, cos, sin)):
+            want = x * cos[:, :, None]
+            want[..., :8].addcmul_(x[..., 8:], sin[:, :, None, :8], value=-1)
+            want[..., 8:].addcmul_(x[..., :8], sin[:, :, None, 8:])
+            same = dtype != torch.float32 or device.type == "cpu"        # there torch's addcmul rounds once
+            assert torch.equal(got, want) if same else torch.allclose(got, want, rtol=1e-6, atol=1e-6)
+        leaf = q.clone().requires_grad_()
+        alone = torch.autograd.grad(torch.ops.gsa.rotate(leaf, k, cos, sin)[0], leaf, q)[0]
+        assert torch.equal(alone, torch.ops.gsa.rotate(q, k, cos, sin, True)[0])
 
 
 @pytest.mark.parametrize("normalizer", [1.0, 8.0])
@@ -52,19 +73,24 @@ def test_log_gate(dtype, count, normalizer, device):
 
 def test_torch_knows_them(device):
     x, cos = torch.randn(2, 3, 2, 8, device=device), torch.randn(1, 3, 4, device=device)
-    opcheck(torch.ops.gsa.rotate.default, (x.requires_grad_(), cos, cos + 1))
+    opcheck(torch.ops.gsa.rotate.default, (x.requires_grad_(), x.detach()[:, :, :1].clone().requires_grad_(), cos, cos + 1))
     opcheck(torch.ops.gsa.log_gate.default, (torch.randn(2, 3, 4, device=device).bfloat16().requires_grad_(), 8.0))
     y = torch.randn(1, 2, 1, 4, device=device, dtype=torch.float64, requires_grad=True)
     angle = torch.randn(1, 2, 4, device=device, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda y: torch.ops.gsa.rotate(y, angle.cos(), angle.sin()), y)
+    z = torch.randn(1, 2, 3, 4, device=device, dtype=torch.float64, requires_grad=True)
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda y, z: torch.ops.gsa.rotate(y, z, angle.cos(), angle.sin()), (y, z))
     assert torch.autograd.gradgradcheck(lambda y: torch.ops.gsa.log_gate(y, 2.0), y)
 
 
 def test_bad_input(device):
     x, cos = torch.randn(2, 3, 2, 8, device=device), torch.randn(1, 3, 4, device=device)
-    for bad in ((x[0], cos, cos), (x, cos[:, :2], cos), (x, cos[..., :3], cos[..., :3]), (x, cos, cos[..., :2]), (x, cos[0], cos[0])):
+    for bad in ((x[0], x, cos, cos), (x, x[:, :2], cos, cos), (x, x[..., :6], cos, cos), (x, x, cos[:, :2], cos), (x, x, cos[..., :3], cos[..., :3]),
+                (x, x, cos, cos[..., :2]), (x, x, cos[0], cos[0])):
         with pytest.raises(ValueError, match="expected"):
             torch.ops.gsa.rotate(*bad)
+    with pytest.raises(TypeError, match="floating point"):
+        torch.ops.gsa.rotate(x, x, cos.long(), cos.long())
     with pytest.raises(TypeError, match="floating point"):
         torch.ops.gsa.log_gate(x.long(), 8.0)
     with pytest.raises(ValueError, match="positive"):
