@@ -15,6 +15,8 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
+using OptTensor = std::optional<Tensor>;
+using OptDouble = std::optional<double>;
 using Two = std::tuple<Tensor, Tensor>;
 
 // ------------------------------------------------------------------------------------------------------------ rotate
@@ -110,75 +112,109 @@ Two rotate_autograd(const Tensor& q, const Tensor& k, const Tensor& cos, const T
 // ------------------------------------------------------------------------------------------------------------ log_gate
 
 at::ScalarType wide(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
-void check_log_gate(const Tensor& logits, double normalizer) {
+void check_log_gate(const Tensor& logits, double normalizer, const OptTensor& mask) {
   TORCH_CHECK_TYPE(at::isFloatingType(logits.scalar_type()), "logits: expected a floating point dtype, given ", logits.scalar_type());
   TORCH_CHECK_VALUE(normalizer > 0, "normalizer: expected a positive number, given ", normalizer);
+  if (!mask) return;
+  TORCH_CHECK_TYPE(mask->scalar_type() == at::kBool, "mask: expected bool, given ", mask->scalar_type());
+  TORCH_CHECK_VALUE(mask->dim() == 2 && logits.dim() >= 2 && mask->sym_size(0) == logits.sym_size(0) && mask->sym_size(1) == logits.sym_size(1),
+                    "mask: expected shape [B, T], logits being ", logits.sym_sizes(), ", given ", mask->sym_sizes());
+  TORCH_CHECK(mask->device() == logits.device(), "logits and mask are on ", logits.device(), " and ", mask->device(), ": move them to one device");
+}
+Tensor padding(const Tensor& mask, const Tensor& like) {  // [B, T, 1, ...]
+  Tensor r = mask.logical_not();
+  for (int64_t i = 2; i < like.dim(); ++i) r = r.unsqueeze(-1);
+  return r;
+}
+Tensor raised(const Tensor& logits, OptDouble lowest) { return (lowest ? logits.clamp_min(*lowest) : logits).to(wide(logits)); }
+Tensor log_gate_cotangent(const Tensor& d_g, const Tensor& logits, double normalizer, OptDouble lowest, const OptTensor& mask) {
+  Tensor d = (d_g / normalizer * at::sigmoid(-raised(logits, lowest))).to(logits.scalar_type());
+  if (lowest) d = d.masked_fill((logits >= *lowest).logical_not(), 0);
+  return mask ? d.masked_fill(padding(*mask, logits), 0) : d;
 }
 
-Tensor log_gate(const Tensor& logits, double normalizer) {
-  check_log_gate(logits, normalizer);
+#ifdef GSA_WITH_CUDA
+void log_gate_kernel(const Tensor& logits, const OptTensor& d_g, double normalizer, OptDouble lowest, const OptTensor& mask, Tensor& o) {
+  const Tensor in = logits.contiguous(), cotangent = d_g ? d_g->contiguous() : Tensor(), tokens = mask ? mask->contiguous() : Tensor();
+  LogGateParams p;
+  p.count = in.numel(), p.normalizer = normalizer, p.dtype = dtype_of(in), p.logits = in.const_data_ptr(), p.o = o.data_ptr(), p.stream = stream_of(in);
+  if (d_g) p.d_o = cotangent.const_data_ptr<float>();
+  if (lowest) p.has_lowest = true, p.lowest = *lowest;
+  if (mask) p.mask = tokens.const_data_ptr<bool>(), p.per_token = in.numel() / std::max<int64_t>(tokens.numel(), 1);
+  if (p.count > 0) cuda::log_gate(p);
+}
+#endif
+
+Tensor log_gate(const Tensor& logits, double normalizer, OptDouble lowest, const OptTensor& mask) {
+  check_log_gate(logits, normalizer, mask);
   const c10::DeviceGuard guard(logits.device());
 #ifdef GSA_WITH_CUDA
   if (has_kernel(logits)) {
-    const Tensor in = logits.contiguous();
     Tensor o = at::empty(logits.sizes(), logits.options().dtype(at::kFloat));
-    cuda::log_gate({in.numel(), normalizer, dtype_of(in), in.const_data_ptr(), nullptr, o.data_ptr(), stream_of(in)});
+    log_gate_kernel(logits, {}, normalizer, lowest, mask, o);
     return o;
   }
 #endif
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const Tensor g = at::log_sigmoid(logits.to(wide(logits)));
-  return normalizer == 1 ? g : g / normalizer;
+  Tensor g = at::log_sigmoid(raised(logits, lowest));
+  if (normalizer != 1) g = g / normalizer;
+  return mask ? g.masked_fill(padding(*mask, logits), 0) : g;
 }
 
-Tensor log_gate_backward(const Tensor& d_g, const Tensor& logits, double normalizer) {
-  check_log_gate(logits, normalizer);
+Tensor log_gate_backward(const Tensor& d_g, const Tensor& logits, double normalizer, OptDouble lowest, const OptTensor& mask) {
+  check_log_gate(logits, normalizer, mask);
   const c10::DeviceGuard guard(logits.device());
 #ifdef GSA_WITH_CUDA
   if (has_kernel(logits) && d_g.scalar_type() == at::kFloat) {
-    const Tensor in = logits.contiguous(), cotangent = d_g.contiguous();
     Tensor o = at::empty(logits.sizes(), logits.options());
-    cuda::log_gate({in.numel(), normalizer, dtype_of(in), in.const_data_ptr(), cotangent.const_data_ptr<float>(), o.data_ptr(), stream_of(in)});
+    log_gate_kernel(logits, d_g, normalizer, lowest, mask, o);
     return o;
   }
 #endif
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  return (d_g / normalizer * at::sigmoid(-logits.to(wide(logits)))).to(logits.scalar_type());
+  return log_gate_cotangent(d_g, logits, normalizer, lowest, mask);
 }
 
-Tensor log_gate_meta(const Tensor& logits, double normalizer) {
-  check_log_gate(logits, normalizer);
+Tensor log_gate_meta(const Tensor& logits, double normalizer, OptDouble, const OptTensor& mask) {
+  check_log_gate(logits, normalizer, mask);
   return at::empty_symint(logits.sym_sizes(), logits.options().dtype(wide(logits)));
 }
-Tensor log_gate_backward_meta(const Tensor&, const Tensor& logits, double) { return at::empty_symint(logits.sym_sizes(), logits.options()); }
+Tensor log_gate_backward_meta(const Tensor&, const Tensor& logits, double, OptDouble, const OptTensor&) {
+  return at::empty_symint(logits.sym_sizes(), logits.options());
+}
 
 struct LogGate : torch::autograd::Function<LogGate> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& logits, double normalizer) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& logits, double normalizer, OptDouble lowest, const OptTensor& mask) {
     const at::AutoDispatchBelowADInplaceOrView below;
     static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("gsa::log_gate", "").typed<decltype(log_gate)>();
-    ctx->save_for_backward({logits});
+    ctx->save_for_backward({logits, mask.value_or(Tensor())});
     ctx->saved_data["normalizer"] = normalizer;
-    return op.call(logits, normalizer);
+    ctx->saved_data["lowest"] = lowest ? c10::IValue(*lowest) : c10::IValue();
+    return op.call(logits, normalizer, lowest, mask);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const Tensor logits = ctx->get_saved_variables()[0];
+    const variable_list saved = ctx->get_saved_variables();
     const double normalizer = ctx->saved_data["normalizer"].toDouble();
+    const OptDouble lowest = ctx->saved_data["lowest"].isNone() ? OptDouble() : ctx->saved_data["lowest"].toDouble();
+    const OptTensor mask = saved[1].defined() ? OptTensor(saved[1]) : std::nullopt;
     if (at::GradMode::is_enabled())  // of a gradient of a gradient
-      return {(grads[0] / normalizer * at::sigmoid(-logits.to(wide(logits)))).to(logits.scalar_type()), {}};
+      return {log_gate_cotangent(grads[0], saved[0], normalizer, lowest, mask), {}, {}, {}};
     static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("gsa::log_gate_backward", "").typed<decltype(log_gate_backward)>();
-    return {op.call(grads[0], logits, normalizer), {}};
+    return {op.call(grads[0], saved[0], normalizer, lowest, mask), {}, {}, {}};
   }
 };
 
-Tensor log_gate_autograd(const Tensor& logits, double normalizer) { return LogGate::apply(logits, normalizer); }
+Tensor log_gate_autograd(const Tensor& logits, double normalizer, OptDouble lowest, const OptTensor& mask) {
+  return LogGate::apply(logits, normalizer, lowest, mask);
+}
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(gsa, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   m.def("rotate(Tensor q, Tensor k, Tensor cos, Tensor sin, bool transposed=False) -> (Tensor, Tensor)", tags);
-  m.def("log_gate(Tensor logits, float normalizer) -> Tensor", tags);
-  m.def("log_gate_backward(Tensor d_g, Tensor logits, float normalizer) -> Tensor", tags);
+  m.def("log_gate(Tensor logits, float normalizer, float? lowest=None, Tensor? mask=None) -> Tensor", tags);
+  m.def("log_gate_backward(Tensor d_g, Tensor logits, float normalizer, float? lowest=None, Tensor? mask=None) -> Tensor", tags);
 }
 TORCH_LIBRARY_IMPL(gsa, CPU, m) {
   m.impl("rotate", rotate);

@@ -165,10 +165,12 @@ struct RotateParams {
   void* stream = nullptr;
 };
 
-// o = logsigmoid(logits) / normalizer in fp32; with a cotangent d_o of that, of the logits.
+// o = logsigmoid(max(logits, lowest)) / normalizer in fp32, 0 where the mask is false; with a cotangent d_o of that, of the logits.
 struct LogGateParams {
-  int64_t count = 0;
-  double normalizer = 1;
+  int64_t count = 0, per_token = 1;   // of elements
+  double normalizer = 1, lowest = 0;
+  bool has_lowest = false;
+  const bool* mask = nullptr;         // one for each token, or null
   DType dtype = DType::none;          // of the logits, and of o where there is a d_o
   const void* logits = nullptr;       // contiguous, as all here
   const float* d_o = nullptr;

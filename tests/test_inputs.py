@@ -71,16 +71,63 @@ def test_log_gate(dtype, count, normalizer, device):
     assert df.dtype == dtype and error(df, cotangent.double() / normalizer * torch.sigmoid(-f.double())) < {8: 1e-12, 4: 1e-6, 2: 3e-3}[dtype.itemsize]
 
 
+@pytest.mark.parametrize("lowest,masked", [(-3.7, False), (None, True), (-3.7, True)])
+@pytest.mark.parametrize("count", [64, 7])
+@dtypes
+def test_log_gate_floor_and_padding(dtype, count, lowest, masked, device):
+    """Both are what clamp and masked_fill make of it, to the bit; no gradient below the floor or at padding, whatever is there."""
+    torch.manual_seed(0)
+    f = (8 * torch.randn(3, 5, 2, count, device=device)).to(dtype)
+    f[0, 0, 0, :4] = torch.tensor([torch.inf, -torch.inf, -3.7, -0.0])
+    mask = torch.rand(3, 5, device=device) > 0.4 if masked else None
+    assert mask is None or (not mask.all() and mask.any())
+    leaf, other = f.clone().requires_grad_(), f.clone().requires_grad_()
+    got = log_gate(leaf, 2.0, lowest, mask)
+    want = log_gate(other if lowest is None else other.clamp(min=lowest), 2.0)
+    want = want if mask is None else want.masked_fill(~mask[:, :, None, None], 0.0)
+    cotangent = torch.randn_like(want)
+    for a, b in ((got, want), (torch.autograd.grad(got, leaf, cotangent)[0], torch.autograd.grad(want, other, cotangent)[0])):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    if mask is not None:
+        f[~mask], cotangent[~mask] = torch.nan, torch.nan
+        leaf = f.requires_grad_()
+        got = log_gate(leaf, 2.0, lowest, mask)
+        (df,) = torch.autograd.grad(got, leaf, cotangent)
+        assert (got[~mask] == 0).all() and (df[~mask] == 0).all() and not df.isnan().any()
+    bare = log_gate(torch.full((1, 1, 4), torch.nan, device=device, dtype=dtype), 2.0, lowest)
+    assert bare.isnan().all()
+
+
+@pytest.mark.parametrize("options", [(), (-1.0, None), (None, True), (-1.0, True)])
+def test_log_gate_compiled(options, device):
+    """What a compiler is shown is the op."""
+    torch.manual_seed(0)
+    f, mask = 3 * torch.randn(2, 4, 3, 5, device=device), torch.tensor([[1, 1, 0, 1], [0, 1, 1, 1]], device=device).bool()
+    options = tuple(mask if x is True else x for x in options)
+    compiled = torch.compile(lambda f: log_gate(f, 2.0, *options), fullgraph=True, backend="aot_eager")
+    found = []
+    for call in (compiled, lambda f: log_gate(f, 2.0, *options), lambda f: torch.ops.gsa.log_gate(f, 2.0, *options)):
+        leaf = f.clone().requires_grad_()
+        g = call(leaf)
+        found.append((g, torch.autograd.grad(g.square().sum(), leaf)[0]))
+    for g, df in found[:2]:
+        assert torch.allclose(g, found[2][0], rtol=1e-6) and torch.allclose(df, found[2][1], rtol=1e-5)
+
+
 def test_torch_knows_them(device):
     x, cos = torch.randn(2, 3, 2, 8, device=device), torch.randn(1, 3, 4, device=device)
     opcheck(torch.ops.gsa.rotate.default, (x.requires_grad_(), x.detach()[:, :, :1].clone().requires_grad_(), cos, cos + 1))
-    opcheck(torch.ops.gsa.log_gate.default, (torch.randn(2, 3, 4, device=device).bfloat16().requires_grad_(), 8.0))
+    mask = torch.tensor([[True, False, True], [True, True, False]], device=device)
+    for options in ((), (-0.5,), (None, mask), (-0.5, mask)):
+        opcheck(torch.ops.gsa.log_gate.default, (torch.randn(2, 3, 4, device=device).bfloat16().requires_grad_(), 8.0, *options))
     y = torch.randn(1, 2, 1, 4, device=device, dtype=torch.float64, requires_grad=True)
     angle = torch.randn(1, 2, 4, device=device, dtype=torch.float64)
     z = torch.randn(1, 2, 3, 4, device=device, dtype=torch.float64, requires_grad=True)
     for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
         assert check(lambda y, z: torch.ops.gsa.rotate(y, z, angle.cos(), angle.sin()), (y, z))
-    assert torch.autograd.gradgradcheck(lambda y: torch.ops.gsa.log_gate(y, 2.0), y)
+    for options in ((), (-0.2, torch.tensor([[True, False]], device=device))):
+        for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+            assert check(lambda y: torch.ops.gsa.log_gate(y, 2.0, *options), y)  # noqa: B023
 
 
 def test_bad_input(device):
@@ -95,3 +142,7 @@ def test_bad_input(device):
         torch.ops.gsa.log_gate(x.long(), 8.0)
     with pytest.raises(ValueError, match="positive"):
         torch.ops.gsa.log_gate(x, 0.0)
+    with pytest.raises(ValueError, match="mask: expected shape"):
+        torch.ops.gsa.log_gate(x, 8.0, None, torch.ones(2, 4, device=device, dtype=torch.bool))
+    with pytest.raises(TypeError, match="mask: expected bool"):
+        torch.ops.gsa.log_gate(x, 8.0, None, torch.ones(2, 3, device=device))

@@ -66,15 +66,18 @@ __global__ __launch_bounds__(kThreads) void log_gate_kernel(const __grid_constan
   const Pack<E, V> x = *reinterpret_cast<const Pack<E, V>*>(static_cast<const E*>(p.logits) + i);
   Pack<float, V> d{};
   if constexpr (backward) d = *reinterpret_cast<const Pack<float, V>*>(p.d_o + i);
-  const float normalizer = static_cast<float>(p.normalizer);
+  const float normalizer = static_cast<float>(p.normalizer), lowest = rounded<E>(static_cast<float>(p.lowest));
+  const bool token = !p.mask || p.mask[i / p.per_token];    // V elements are of one token
   Pack<Out, V> o;
 #pragma unroll
   for (int e = 0; e < V; ++e) {
-    const float f = to_float(x.x[e]), z = expf(-fabsf(f));
-    if constexpr (backward) o.x[e] = from_float<E>(d.x[e] / normalizer * (f < 0 ? 1.f / (1.f + z) : z / (1.f + z)));
-    else o.x[e] = (fminf(f, 0.f) - log1pf(z)) / normalizer;
-    if constexpr (!backward)
-      if (isnan(f)) o.x[e] = f;
+    const float logit = to_float(x.x[e]), f = p.has_lowest && logit < lowest ? lowest : logit, z = expf(-fabsf(f));
+    if constexpr (backward) {
+      const bool moves = token && (!p.has_lowest || logit >= lowest);
+      o.x[e] = from_float<E>(moves ? d.x[e] / normalizer * (f < 0 ? 1.f / (1.f + z) : z / (1.f + z)) : 0.f);
+    } else {
+      o.x[e] = !token ? 0.f : isnan(f) ? f : (fminf(f, 0.f) - log1pf(z)) / normalizer;
+    }
   }
   *reinterpret_cast<Pack<Out, V>*>(static_cast<Out*>(p.o) + i) = o;
 }
@@ -106,8 +109,8 @@ void rotate(const RotateParams& p) {
 void log_gate(const LogGateParams& p) {
   of_dtype(p.dtype, [&]<class E>(E) {
     auto run = [&]<bool backward, int V>() { launch("log_gate", log_gate_kernel<E, backward, V>, ceil_div(p.count, kThreads * V), kThreads, 0, p.stream, p); };
-    const bool whole =
-        p.count % 4 == 0 && ((reinterpret_cast<uintptr_t>(p.logits) | reinterpret_cast<uintptr_t>(p.d_o) | reinterpret_cast<uintptr_t>(p.o)) & 15) == 0;
+    const bool whole = (p.mask ? p.per_token : p.count) % 4 == 0 &&
+                       ((reinterpret_cast<uintptr_t>(p.logits) | reinterpret_cast<uintptr_t>(p.d_o) | reinterpret_cast<uintptr_t>(p.o)) & 15) == 0;
     if (p.d_o) whole ? run.template operator()<true, 4>() : run.template operator()<true, 1>();
     else whole ? run.template operator()<false, 4>() : run.template operator()<false, 1>();
   });

@@ -152,8 +152,6 @@ class GSAAttention(nn.Module):
         if self.f_proj is not None and not gate:                         # the gate wants inputs of known size
             outputs.append(self.f_proj(F.rms_norm(hidden_states, hidden_states.shape[-1:])))
         gate_logits = self._key_logits(k) if self.f_proj is None else outputs[-1].unflatten(-1, (self.num_kv_heads, self.num_slots))
-        if self.lowest_logit is not None:
-            gate_logits = gate_logits.clamp(min=self.lowest_logit)
         turn, rotary, rotated, beside = None, None, None, None
         if self.rotates and self.step_rotates and position_embeddings is not None:
             turn = Rotary(position_embeddings[0], position_embeddings[1], lambda q, k: self._rotated(q, k, position_embeddings))
@@ -175,7 +173,7 @@ class GSAAttention(nn.Module):
             else:
                 q, k = self._rotated(q, k, position_embeddings) if rotated is None else rotated
         silu, normalizer = self.settings["silu"], self.settings["gate_logit_normalizer"]
-        o = slot_attention(q, k, v, gate_logits, normalizer, self.scale, mask, state, cu_seqlens, silu, silu, rotary)
+        o = slot_attention(q, k, v, gate_logits, normalizer, self.scale, mask, state, cu_seqlens, silu, silu, rotary, self.lowest_logit)
         if beside is not None:
             share = self.settings["mix"] if self.window_mix is None else self.window_mix()
             o = torch.lerp(o, beside, share.to(o.dtype) if isinstance(share, Tensor) else share)
