@@ -1,5 +1,5 @@
-// torch.ops.gsa.rotate and log_gate: what a layer does to its projections before the op, each in one pass over memory. CUDA kernels in cuda/inputs.cu; on the CPU
-// and in fp64 the same from torch's own operations.
+// torch.ops.gsa.rotate and log_gate, what a layer does to its projections before the op, and mix, what it does after it, each in one pass over memory. CUDA kernels
+// in cuda/inputs.cu; on the CPU and in fp64 the same from torch's own operations.
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
 #include <c10/core/DeviceGuard.h>
@@ -18,6 +18,7 @@ using torch::autograd::variable_list;
 using OptTensor = std::optional<Tensor>;
 using OptDouble = std::optional<double>;
 using Two = std::tuple<Tensor, Tensor>;
+using Three = std::tuple<Tensor, Tensor, Tensor>;
 
 // ------------------------------------------------------------------------------------------------------------ rotate
 
@@ -208,6 +209,103 @@ Tensor log_gate_autograd(const Tensor& logits, double normalizer, OptDouble lowe
   return LogGate::apply(logits, normalizer, lowest, mask);
 }
 
+// --------------------------------------------------------------------------------------------------------------- mix
+
+void check_mix(const Tensor& a, const Tensor& b, const Tensor& share) {
+  TORCH_CHECK_TYPE(at::isFloatingType(a.scalar_type()), "a: expected a floating point dtype, given ", a.scalar_type());
+  TORCH_CHECK_TYPE(b.scalar_type() == a.scalar_type() && share.scalar_type() == a.scalar_type(), "b, share: expected a's dtype ", a.scalar_type(), ", given ",
+                   b.scalar_type(), " and ", share.scalar_type());
+  TORCH_CHECK_VALUE(a.dim() >= 2, "a: expected shape [..., heads, D], given ", a.sym_sizes());
+  TORCH_CHECK_VALUE(b.sym_sizes() == a.sym_sizes(), "b: expected a's shape ", a.sym_sizes(), ", given ", b.sym_sizes());
+  TORCH_CHECK_VALUE(share.dim() == 1 && share.sym_size(0) == a.sym_size(-2), "share: expected shape [heads], a being ", a.sym_sizes(), ", given ",
+                    share.sym_sizes());
+  TORCH_CHECK(a.device() == b.device() && a.device() == share.device(), "a, b and share are on ", a.device(), ", ", b.device(), " and ", share.device(),
+              ": move them to one device");
+}
+Three mix_cotangents(const Tensor& d, const Tensor& a, const Tensor& b, const Tensor& share) {
+  const Tensor w = share.unsqueeze(-1);
+  std::vector<int64_t> rest(a.dim() - 1);
+  for (int64_t i = 0; i < a.dim() - 2; ++i) rest[i] = i;
+  rest.back() = a.dim() - 1;
+  const at::ScalarType sums = wide(a);
+  return {d * (1 - w), d * w, (d.to(sums) * (b.to(sums) - a.to(sums))).sum(rest).to(share.scalar_type())};
+}
+
+#ifdef GSA_WITH_CUDA
+MixParams mix_params(const Tensor& a, const Tensor& b, const Tensor& share) {  // contiguous ones
+  MixParams p;
+  p.heads = static_cast<int32_t>(a.size(-2)), p.D = static_cast<int32_t>(a.size(-1)), p.rows = a.numel() / std::max<int64_t>(int64_t(p.heads) * p.D, 1);
+  p.slabs = (p.rows + kMixSlab - 1) / kMixSlab, p.dtype = dtype_of(a), p.stream = stream_of(a);
+  p.a = a.const_data_ptr(), p.b = b.const_data_ptr(), p.share = share.const_data_ptr();
+  const int64_t V = 16 / a.element_size();
+  if (p.D % V == 0 && (reinterpret_cast<uintptr_t>(p.a) | reinterpret_cast<uintptr_t>(p.b)) % 16 == 0) p.V = static_cast<int32_t>(V);
+  return p;
+}
+#endif
+
+Tensor mix(const Tensor& a, const Tensor& b, const Tensor& share) {
+  check_mix(a, b, share);
+  const c10::DeviceGuard guard(a.device());
+#ifdef GSA_WITH_CUDA
+  if (has_kernel(a)) {
+    const Tensor ac = a.contiguous(), bc = b.contiguous(), sc = share.contiguous();
+    Tensor o = at::empty(a.sizes(), a.options());
+    MixParams p = mix_params(ac, bc, sc);
+    p.o = o.data_ptr();
+    if (o.numel() > 0) cuda::mix(p);
+    return o;
+  }
+#endif
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  return at::lerp(a, b, share.unsqueeze(-1));
+}
+
+Three mix_backward(const Tensor& d_o, const Tensor& a, const Tensor& b, const Tensor& share) {
+  check_mix(a, b, share);
+  const c10::DeviceGuard guard(a.device());
+#ifdef GSA_WITH_CUDA
+  if (has_kernel(a) && d_o.scalar_type() == a.scalar_type() && a.numel() > 0) {
+    const Tensor ac = a.contiguous(), bc = b.contiguous(), sc = share.contiguous(), dc = d_o.contiguous();
+    Tensor d_a = at::empty(a.sizes(), a.options()), d_b = at::empty(a.sizes(), a.options());
+    MixParams p = mix_params(ac, bc, sc);
+    if (reinterpret_cast<uintptr_t>(dc.const_data_ptr()) % 16 != 0) p.V = 1;
+    Tensor parts = at::empty({p.slabs, p.heads, p.D / p.V}, a.options().dtype(at::kFloat));
+    p.d_o = dc.const_data_ptr(), p.d_a = d_a.data_ptr(), p.d_b = d_b.data_ptr(), p.d_share = parts.data_ptr<float>();
+    cuda::mix(p);
+    return {d_a, d_b, parts.sum(at::IntArrayRef({0, 2})).to(share.scalar_type())};
+  }
+#endif
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  return mix_cotangents(d_o, a, b, share);
+}
+
+Tensor mix_meta(const Tensor& a, const Tensor& b, const Tensor& share) {
+  check_mix(a, b, share);
+  return at::empty_symint(a.sym_sizes(), a.options());
+}
+Three mix_backward_meta(const Tensor&, const Tensor& a, const Tensor& b, const Tensor& share) {
+  check_mix(a, b, share);
+  return {at::empty_symint(a.sym_sizes(), a.options()), at::empty_symint(a.sym_sizes(), a.options()), at::empty_symint(share.sym_sizes(), share.options())};
+}
+
+struct Mix : torch::autograd::Function<Mix> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& a, const Tensor& b, const Tensor& share) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("gsa::mix", "").typed<decltype(mix)>();
+    ctx->save_for_backward({a, b, share});
+    return op.call(a, b, share);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("gsa::mix_backward", "").typed<decltype(mix_backward)>();
+    auto [d_a, d_b, d_share] = at::GradMode::is_enabled() ? mix_cotangents(grads[0], saved[0], saved[1], saved[2])  // of a gradient of a gradient
+                                                          : op.call(grads[0], saved[0], saved[1], saved[2]);
+    return {d_a, d_b, d_share};
+  }
+};
+
+Tensor mix_autograd(const Tensor& a, const Tensor& b, const Tensor& share) { return Mix::apply(a, b, share); }
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(gsa, m) {
@@ -215,25 +313,34 @@ TORCH_LIBRARY_FRAGMENT(gsa, m) {
   m.def("rotate(Tensor q, Tensor k, Tensor cos, Tensor sin, bool transposed=False) -> (Tensor, Tensor)", tags);
   m.def("log_gate(Tensor logits, float normalizer, float? lowest=None, Tensor? mask=None) -> Tensor", tags);
   m.def("log_gate_backward(Tensor d_g, Tensor logits, float normalizer, float? lowest=None, Tensor? mask=None) -> Tensor", tags);
+  m.def("mix(Tensor a, Tensor b, Tensor share) -> Tensor", tags);
+  m.def("mix_backward(Tensor d_o, Tensor a, Tensor b, Tensor share) -> (Tensor, Tensor, Tensor)", tags);
 }
 TORCH_LIBRARY_IMPL(gsa, CPU, m) {
   m.impl("rotate", rotate);
   m.impl("log_gate", log_gate);
   m.impl("log_gate_backward", log_gate_backward);
+  m.impl("mix", mix);
+  m.impl("mix_backward", mix_backward);
 }
 TORCH_LIBRARY_IMPL(gsa, CUDA, m) {
   m.impl("rotate", rotate);
   m.impl("log_gate", log_gate);
   m.impl("log_gate_backward", log_gate_backward);
+  m.impl("mix", mix);
+  m.impl("mix_backward", mix_backward);
 }
 TORCH_LIBRARY_IMPL(gsa, Meta, m) {
   m.impl("rotate", rotate_meta);
   m.impl("log_gate", log_gate_meta);
   m.impl("log_gate_backward", log_gate_backward_meta);
+  m.impl("mix", mix_meta);
+  m.impl("mix_backward", mix_backward_meta);
 }
 TORCH_LIBRARY_IMPL(gsa, Autograd, m) {
   m.impl("rotate", rotate_autograd);
   m.impl("log_gate", log_gate_autograd);
+  m.impl("mix", mix_autograd);
 }
 
 }  // namespace gsa

@@ -178,6 +178,19 @@ struct LogGateParams {
   void* stream = nullptr;
 };
 
+// o = a + share (b - a), a share for each head; or, with a cotangent d_o of that, those of a and b, and what each slab of tokens adds to the shares'.
+struct MixParams {
+  int64_t rows = 0, slabs = 0;        // rows: tokens
+  int32_t heads = 0, D = 0, V = 1;    // V: of a head's components are read at a time
+  DType dtype = DType::none;          // of all but d_share
+  const void *a = nullptr, *b = nullptr, *d_o = nullptr;   // [rows, heads, D] contiguous, as all here
+  const void* share = nullptr;        // [heads]
+  void *o = nullptr, *d_a = nullptr, *d_b = nullptr;
+  float* d_share = nullptr;           // [slabs, heads, D / V]
+  void* stream = nullptr;
+};
+constexpr int64_t kMixSlab = 16;      // tokens
+
 // Tokens per chunk, the spacing of the boundary states. Depends on nothing but this, so that shapes are known without a device.
 constexpr int64_t chunk_length(DType dtype, Math math, int64_t M) {
   const bool wide = dtype == DType::f32 || math == Math::exact;   // fp32 tiles
@@ -215,6 +228,7 @@ int64_t window_step_shared(const WindowParams&);   // bytes of shared memory tha
 void window_step(const WindowParams&);
 void rotate(const RotateParams&);     // inputs.cu; elsewhere from torch's own operations (inputs.cpp), too
 void log_gate(const LogGateParams&);
+void mix(const MixParams&);
 }
 #undef GSA_BACKEND
 

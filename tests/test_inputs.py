@@ -1,4 +1,6 @@
-"""What a layer does to its projections before the op, in one pass each: torch.ops.gsa.rotate and log_gate, against torch's own operations."""
+"""What a layer does before the op and after it, in one pass each: torch.ops.gsa.rotate, log_gate and mix, against torch's own operations."""
+
+import math
 
 import pytest
 import torch
@@ -114,12 +116,47 @@ def test_log_gate_compiled(options, device):
         assert torch.allclose(g, found[2][0], rtol=1e-6) and torch.allclose(df, found[2][1], rtol=1e-5)
 
 
+@pytest.mark.parametrize("sizes", [(2, 37, 4, 16), (1, 3, 5, 20), (70, 3, 128), (2, 0, 2, 8), (33, 2, 7)])
+@dtypes
+def test_mix(dtype, sizes, device):
+    """Forward and backward against the formula in fp64: slabs of tokens whole and in part, heads that are no multiple of 16 bytes, starts that are none."""
+    torch.manual_seed(0)
+    for odd in (0, 1):
+        a, b, cotangent = (torch.randn(math.prod(sizes) + odd, device=device).to(dtype)[odd:].view(sizes) for _ in range(3))
+        share = torch.rand(sizes[-2], device=device).to(dtype)
+        share[0], share[1] = 0, 1
+        leaves, exact = ([x.detach().to(wide).requires_grad_() for x in (a, b, share)] for wide in (dtype, torch.float64))
+        leaves[:2] = (x.requires_grad_() for x in (a, b))
+        got = torch.ops.gsa.mix(*leaves)
+        want = exact[0] + exact[2][:, None] * (exact[1] - exact[0])
+        grads, wanted = torch.autograd.grad(got, leaves, cotangent), torch.autograd.grad(want, exact, cotangent.double())
+        assert torch.equal(got[..., 0, :], a[..., 0, :]) and torch.equal(got[..., 1, :], b[..., 1, :])
+        for x, y in zip((got, *grads), (want, *wanted)):
+            assert x.dtype == dtype and error(x, y, 1.0) < {8: 1e-12, 4: 1e-6, 2: 3e-3 if dtype == torch.bfloat16 else 1e-3}[dtype.itemsize]
+        again = torch.autograd.grad(torch.ops.gsa.mix(*leaves), leaves, cotangent)
+        assert all(torch.equal(x, y) for x, y in zip(grads, again))
+
+
+def test_mix_of_slices(device):
+    """Inputs and cotangents in any layout; a cotangent that is one number for all."""
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 3, 4, 2, 8, device=device).unbind(3)
+    share = torch.rand(8, device=device)[::2]
+    leaves, other = ([x.detach().clone().requires_grad_() for x in (a, b, share)] for _ in range(2))
+    strided = leaves[0].transpose(0, 1).contiguous().transpose(0, 1), leaves[1], leaves[2]
+    grads = torch.autograd.grad(torch.ops.gsa.mix(*strided).sum(), leaves)
+    wanted = torch.autograd.grad(torch.lerp(other[0], other[1], other[2][:, None]).sum(), other)
+    assert torch.allclose(torch.ops.gsa.mix(a, b, share), torch.lerp(a, b, share[:, None]), atol=1e-6)
+    assert all(torch.allclose(x, y, rtol=1e-5, atol=1e-5) for x, y in zip(grads, wanted))
+
+
 def test_torch_knows_them(device):
     x, cos = torch.randn(2, 3, 2, 8, device=device), torch.randn(1, 3, 4, device=device)
     opcheck(torch.ops.gsa.rotate.default, (x.requires_grad_(), x.detach()[:, :, :1].clone().requires_grad_(), cos, cos + 1))
     mask = torch.tensor([[True, False, True], [True, True, False]], device=device)
     for options in ((), (-0.5,), (None, mask), (-0.5, mask)):
         opcheck(torch.ops.gsa.log_gate.default, (torch.randn(2, 3, 4, device=device).bfloat16().requires_grad_(), 8.0, *options))
+    opcheck(torch.ops.gsa.mix.default, tuple(torch.rand(size, device=device).requires_grad_() for size in ((2, 3, 4, 8), (2, 3, 4, 8), (4,))))
     y = torch.randn(1, 2, 1, 4, device=device, dtype=torch.float64, requires_grad=True)
     angle = torch.randn(1, 2, 4, device=device, dtype=torch.float64)
     z = torch.randn(1, 2, 3, 4, device=device, dtype=torch.float64, requires_grad=True)
@@ -128,6 +165,9 @@ def test_torch_knows_them(device):
     for options in ((), (-0.2, torch.tensor([[True, False]], device=device))):
         for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
             assert check(lambda y: torch.ops.gsa.log_gate(y, 2.0, *options), y)  # noqa: B023
+    mixed = tuple(torch.rand(size, device=device, dtype=torch.float64, requires_grad=True) for size in ((2, 3, 2), (2, 3, 2), (3,)))
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(torch.ops.gsa.mix, mixed)
 
 
 def test_bad_input(device):
@@ -146,3 +186,10 @@ def test_bad_input(device):
         torch.ops.gsa.log_gate(x, 8.0, None, torch.ones(2, 4, device=device, dtype=torch.bool))
     with pytest.raises(TypeError, match="mask: expected bool"):
         torch.ops.gsa.log_gate(x, 8.0, None, torch.ones(2, 3, device=device))
+    for bad, match in (((x[0, 0, 0], x[0, 0, 0], x[0, 0, 0]), "a: expected shape"), ((x, x[:1], x[0, 0, :, 0]), "b: expected a's shape"),
+                       ((x, x, x[0, 0, 0]), "share: expected shape"), ((x, x, x[0, 0]), "share: expected shape")):
+        with pytest.raises(ValueError, match=match):
+            torch.ops.gsa.mix(*bad)
+    for bad in ((x.long(), x.long(), x[0, 0, :, 0].long()), (x, x.double(), x[0, 0, :, 0]), (x, x, x[0, 0, :, 0].double())):
+        with pytest.raises(TypeError, match="expected"):
+            torch.ops.gsa.mix(*bad)

@@ -1,4 +1,4 @@
-// What a layer does to its projections before the op, each in one pass over memory: the rotation of q and k, the log gate.
+// What a layer does before the op and after it, each in one pass over memory: the rotation of q and k, the log gate, the mix with a window's output.
 #include <algorithm>
 
 #include "core/chunk.cuh"
@@ -82,6 +82,41 @@ __global__ __launch_bounds__(kThreads) void log_gate_kernel(const __grid_constan
   *reinterpret_cast<Pack<Out, V>*>(static_cast<Out*>(p.o) + i) = o;
 }
 
+// A thread has V components of a slab's tokens and, in backward, sums their part of the share's cotangent for itself: the same bits every time.
+template <class E, bool backward, int V>
+__global__ __launch_bounds__(kThreads) void mix_kernel(const __grid_constant__ MixParams p) {
+  using Vector = Pack<E, V>;
+  const int64_t width = int64_t(p.heads) * p.D / V, at = blockIdx.x * int64_t(kThreads) + threadIdx.x, slab = at / width, column = at % width;
+  if (slab >= p.slabs) return;
+  const float share = to_float(static_cast<const E*>(p.share)[column * V / p.D]);
+  const int64_t end = min(p.rows, (slab + 1) * kMixSlab);
+  float sum = 0.f;
+  for (int64_t row = slab * kMixSlab; row < end; ++row) {
+    const int64_t i = row * width + column;
+    const Vector a = static_cast<const Vector*>(p.a)[i], b = static_cast<const Vector*>(p.b)[i];
+    if constexpr (backward) {
+      const Vector d = static_cast<const Vector*>(p.d_o)[i];
+      Vector d_a, d_b;
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        const float f = to_float(d.x[e]);
+        sum += f * (to_float(b.x[e]) - to_float(a.x[e]));
+        d_a.x[e] = from_float<E>(f * (1.f - share)), d_b.x[e] = from_float<E>(f * share);
+      }
+      static_cast<Vector*>(p.d_a)[i] = d_a, static_cast<Vector*>(p.d_b)[i] = d_b;
+    } else {
+      Vector o;
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        const float x = to_float(a.x[e]), y = to_float(b.x[e]);
+        o.x[e] = from_float<E>(share < 0.5f ? x + share * (y - x) : y - (y - x) * (1.f - share));   // as torch.lerp: exact where the share is 0 or 1
+      }
+      static_cast<Vector*>(p.o)[i] = o;
+    }
+  }
+  if constexpr (backward) p.d_share[at] = sum;
+}
+
 template <class F>
 void of_dtype(DType dtype, F&& f) {
   if (dtype == DType::f32) f(float());
@@ -113,6 +148,17 @@ void log_gate(const LogGateParams& p) {
                        ((reinterpret_cast<uintptr_t>(p.logits) | reinterpret_cast<uintptr_t>(p.d_o) | reinterpret_cast<uintptr_t>(p.o)) & 15) == 0;
     if (p.d_o) whole ? run.template operator()<true, 4>() : run.template operator()<true, 1>();
     else whole ? run.template operator()<false, 4>() : run.template operator()<false, 1>();
+  });
+}
+
+void mix(const MixParams& p) {
+  of_dtype(p.dtype, [&]<class E>(E) {
+    auto run = [&]<bool backward, int V>() {
+      launch("mix", mix_kernel<E, backward, V>, ceil_div(p.slabs * (int64_t(p.heads) * p.D / V), kThreads), kThreads, 0, p.stream, p);
+    };
+    constexpr int V = 16 / sizeof(E);
+    if (p.d_o) p.V == V ? run.template operator()<true, V>() : run.template operator()<true, 1>();
+    else p.V == V ? run.template operator()<false, V>() : run.template operator()<false, 1>();
   });
 }
 

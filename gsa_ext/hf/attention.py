@@ -55,7 +55,10 @@ class GateProjection(nn.Linear):
 
 
 class WindowMix(nn.Module):
-    """``window_mix``: per query head the learned share that the window has in the output, half at the start. ``weight [num_heads]`` is its logit."""
+    """``window_mix``: per query head the learned share that the window has in the output, half at the start. ``weight [num_heads]`` is its logit.
+
+    ``o, beside [..., num_heads, D]`` of one dtype -> ``o + share (beside - o)``, in one pass forward and one backward.
+    """
 
     def __init__(self, num_heads: int, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
@@ -65,8 +68,11 @@ class WindowMix(nn.Module):
     def reset_parameters(self) -> None:
         init.zeros_(self.weight)
 
-    def forward(self) -> Tensor:
-        return torch.sigmoid(self.weight)[:, None]
+    def forward(self, o: Tensor, beside: Tensor) -> Tensor:
+        share = torch.sigmoid(self.weight).to(o.dtype)
+        if torch.compiler.is_compiling():                                # a compiler sees through the formula
+            return torch.lerp(o, beside, share[:, None])
+        return torch.ops.gsa.mix(o, beside, share)
 
 
 class GSAAttention(nn.Module):
@@ -175,8 +181,7 @@ class GSAAttention(nn.Module):
         silu, normalizer = self.settings["silu"], self.settings["gate_logit_normalizer"]
         o = slot_attention(q, k, v, gate_logits, normalizer, self.scale, mask, state, cu_seqlens, silu, silu, rotary, self.lowest_logit)
         if beside is not None:
-            share = self.settings["mix"] if self.window_mix is None else self.window_mix()
-            o = torch.lerp(o, beside, share.to(o.dtype) if isinstance(share, Tensor) else share)
+            o = torch.lerp(o, beside, self.settings["mix"]) if self.window_mix is None else self.window_mix(o, beside)
         o = o.flatten(-2)
         if self.g_norm is not None:
             o = self.g_norm(F.silu(o))
