@@ -501,9 +501,9 @@ def test_pickle_and_copy():
         assert type(other) is type(model) and torch.equal(other(ids).logits, model(ids).logits)
 
 
-@pytest.mark.parametrize("name", ["layer", "t2r", "paper"])
+@pytest.mark.parametrize("name", ["layer", "t2r", "paper", "liger", "t2r-window"])
 def test_no_full_size_copies(name, device):
-    """Between the projections and the op nothing as large as the hidden states is copied, forward or backward."""
+    """Between the projections and the op nothing as large as the hidden states is copied, forward or backward; but by a window on the CPU, in blocks."""
     from benchmarks.layer import Copies, build
 
     shape, dtype = (2, 32, 64, 4, 2, 16), torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -516,7 +516,7 @@ def test_no_full_size_copies(name, device):
     assert copies.found == {"clone": 1, "copy_": 1}
     with Copies(x) as copies:
         torch.autograd.grad(forward(x), [x, *layer.parameters()], torch.ones_like(x))
-    assert not copies.found
+    assert bool(copies.found) == (name in ("liger", "t2r-window") and device.type == "cpu")
 
 
 def test_rotation(device):
