@@ -2,8 +2,10 @@
 
 Layers: "layer" is gsa_ext.GatedSlotAttention; the others are a Llama's attention after gsa_ext.hf.convert with that preset. "total" is
 timed without the profiler; the shares are of the time on the device (on the CPU: in its operators) in a profile of the same calls: inside torch.ops.gsa,
-inside matrix products, and everything else (gates, feature maps, norms, rotation, a window), which is listed by operator. Copies are outputs of
-copying operators as large as the hidden states or larger; an operator that needs one is an operator to look at.
+inside matrix products, inside a window's softmax attention (with what its operator does inside: of FlashAttention the sum over the query heads that
+share a key), and everything else (gates, feature maps, norms, rotation, masks, mixing, copies), which is listed by operator. Compiled code is told apart by
+kernels, that sum is in its rest. Copies are outputs of copying operators with as many bytes as the hidden states or more; an operator that needs one is an
+operator to look at.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from gsa_ext import GatedSlotAttention
 LAYERS = ("layer", "t2r", "paper", "liger", "t2r-window")
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::linear", "aten::matmul", "aten::bmm", "aten::linear_backward", "aten::mkldnn_linear")
 GEMMS = ("nvjet", "gemm", "xmma", "cutlass", "cublas", "splitK")
-INPUTS = ("gsa::rotate", "gsa::log_gate", "gsa::log_gate_backward")         # beside the op
+BESIDE = ("gsa::rotate", "gsa::log_gate", "gsa::log_gate_backward", "gsa::mix", "gsa::mix_backward")                # not the op
+OWN_KERNELS = ("rotate_kernel", "log_gate_kernel", "mix_kernel")                                                    # of these
+ATTENTION = ("flash", "sdpa", "fmha")                                       # in the names of kernels
 COPIES = ("_to_copy", "clone", "copy_", "cat", "contiguous", "repeat", "index_select")
 
 
@@ -108,7 +112,7 @@ def measure(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
         call()
         wait()
         times.append(1e3 * (time.perf_counter() - start))
-    copies = Copies(x.numel())
+    copies = Copies(x)
     if not compiled:                                                     # after that there are no operators to look at
         with copies:
             call()
@@ -125,8 +129,8 @@ def measure(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
 
 
 def split(events: Any, cuda: bool) -> tuple[dict[str, float], Counter[str], int]:
-    """Microseconds in the op, in matrix products and elsewhere; elsewhere by operator; and the number of kernels."""
-    parts, rest, launches = {"op": 0.0, "projections": 0.0, "rest": 0.0}, Counter[str](), 0
+    """Microseconds in the op, in matrix products, in a window's attention and elsewhere; elsewhere by operator; and the number of kernels."""
+    parts, rest, launches = {"op": 0.0, "projections": 0.0, "window": 0.0, "rest": 0.0}, Counter[str](), 0
     for event in events:
         if str(event.device_type) != "DeviceType.CPU":
             continue
@@ -138,8 +142,10 @@ def split(events: Any, cuda: bool) -> tuple[dict[str, float], Counter[str], int]
         while parent is not None:
             lineage.append(parent.name)
             parent = parent.cpu_parent
-        if any(name.startswith("gsa::") and name not in INPUTS for name in lineage):
+        if any(name.startswith("gsa::") and name not in BESIDE for name in lineage):
             parts["op"] += spent
+        elif any(name.startswith("torch_attn::") or (name.startswith("aten::_") and "attention" in name) for name in lineage):
+            parts["window"] += spent
         elif any(name in PRODUCTS for name in lineage):
             parts["projections"] += spent
         else:
@@ -150,13 +156,18 @@ def split(events: Any, cuda: bool) -> tuple[dict[str, float], Counter[str], int]
 
 def by_kernel(events: Any) -> tuple[dict[str, float], Counter[str], int]:
     """As :func:`split`, of compiled code, by the names of the kernels."""
-    parts, rest, launches = {"op": 0.0, "projections": 0.0, "rest": 0.0}, Counter[str](), 0
+    parts, rest, launches = {"op": 0.0, "projections": 0.0, "window": 0.0, "rest": 0.0}, Counter[str](), 0
     for event in events:
         if str(event.device_type) == "DeviceType.CPU" or getattr(event, "is_user_annotation", False):
             continue
         launches += 1
-        ours = "gsa::" in event.name and not any(mark in event.name for mark in ("rotate_kernel", "log_gate_kernel"))
-        part = "op" if ours else "projections" if any(mark in event.name for mark in GEMMS) else "rest"
+        part = "rest"
+        if "gsa::" in event.name:
+            part = "rest" if any(mark in event.name for mark in OWN_KERNELS) else "op"
+        elif any(mark in event.name for mark in ATTENTION):              # before products: these have cutlass in their names, too
+            part = "window"
+        elif any(mark in event.name for mark in GEMMS):
+            part = "projections"
         parts[part] += event.self_device_time_total
         if part == "rest":
             rest[event.name.split("(")[0][:60]] += event.self_device_time_total
@@ -164,16 +175,17 @@ def by_kernel(events: Any) -> tuple[dict[str, float], Counter[str], int]:
 
 
 class Copies(TorchDispatchMode):
-    """Counts outputs of at least ``size`` numbers made by copying operators, by name."""
+    """Counts outputs of copying operators with at least as many bytes as ``x``, by name, whatever they call an element. What is copied inside an operator of
+    torch's is not seen."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, x: torch.Tensor) -> None:
         super().__init__()
-        self.size, self.found = size, Counter[str]()
+        self.bytes, self.found = x.numel() * x.element_size(), Counter[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if name in COPIES and isinstance(out, torch.Tensor) and out.numel() >= self.size:
+        if name in COPIES and isinstance(out, torch.Tensor) and out.numel() * out.element_size() >= self.bytes:
             self.found[name] += 1
         return out
 

@@ -1,5 +1,5 @@
-// torch.ops.gsa.rotate and log_gate: what a layer does to its projections before the op, each in one pass over memory. CUDA kernels in cuda/inputs.cu; on the CPU
-// and in fp64 the same from torch's own operations.
+// torch.ops.gsa.rotate and log_gate, what a layer does to its projections before the op, and mix, what it does after it, each in one pass over memory. CUDA kernels
+// in cuda/inputs.cu; on the CPU and in fp64 the same from torch's own operations.
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
 #include <c10/core/DeviceGuard.h>
@@ -15,17 +15,25 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
+using OptTensor = std::optional<Tensor>;
+using OptDouble = std::optional<double>;
+using Two = std::tuple<Tensor, Tensor>;
+using Three = std::tuple<Tensor, Tensor, Tensor>;
 
 // ------------------------------------------------------------------------------------------------------------ rotate
 
-void check_rotate(const Tensor& x, const Tensor& cos, const Tensor& sin) {
-  TORCH_CHECK_VALUE(x.dim() == 4, "x: expected shape [B, T, H, D], given ", x.sym_sizes());
-  TORCH_CHECK_VALUE(cos.dim() == 3 && (cos.sym_size(0) == x.sym_size(0) || cos.sym_size(0) == 1) && cos.sym_size(1) == x.sym_size(1) &&
-                        cos.sym_size(2) % 2 == 0 && cos.sym_size(2) <= x.sym_size(3),
-                    "cos: expected shape [B or 1, T, n] with an even n of at most D, x being ", x.sym_sizes(), ", given ", cos.sym_sizes());
+void check_rotate(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin) {
+  TORCH_CHECK_VALUE(q.dim() == 4, "q: expected shape [B, T, HQ, D], given ", q.sym_sizes());
+  TORCH_CHECK_VALUE(k.dim() == 4 && k.sym_size(0) == q.sym_size(0) && k.sym_size(1) == q.sym_size(1) && k.sym_size(3) == q.sym_size(3),
+                    "k: expected shape [B, T, H, D], q being ", q.sym_sizes(), ", given ", k.sym_sizes());
+  TORCH_CHECK_VALUE(cos.dim() == 3 && (cos.sym_size(0) == q.sym_size(0) || cos.sym_size(0) == 1) && cos.sym_size(1) == q.sym_size(1) &&
+                        cos.sym_size(2) % 2 == 0 && cos.sym_size(2) <= q.sym_size(3),
+                    "cos: expected shape [B or 1, T, n] with an even n of at most D, q being ", q.sym_sizes(), ", given ", cos.sym_sizes());
   TORCH_CHECK_VALUE(sin.sym_sizes() == cos.sym_sizes(), "sin: expected cos's shape ", cos.sym_sizes(), ", given ", sin.sym_sizes());
-  TORCH_CHECK(x.device() == cos.device() && x.device() == sin.device(), "x, cos and sin are on ", x.device(), ", ", cos.device(), " and ", sin.device(),
-              ": move them to one device");
+  for (const Tensor* x : {&q, &k, &cos, &sin})
+    TORCH_CHECK_TYPE(at::isFloatingType(x->scalar_type()), "q, k, cos, sin: expected floating point dtypes, given ", x->scalar_type());
+  TORCH_CHECK(q.device() == k.device() && q.device() == cos.device() && q.device() == sin.device(), "q, k, cos and sin are on ", q.device(), ", ", k.device(),
+              ", ", cos.device(), " and ", sin.device(), ": move them to one device");
 }
 
 #ifdef GSA_WITH_CUDA
@@ -39,24 +47,8 @@ View view(const Tensor& x) {
 }
 #endif
 
-Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, bool transposed) {
-  check_rotate(x, cos, sin);
-  const c10::DeviceGuard guard(x.device());
-  const int64_t D = x.size(3), n = cos.size(2);
-#ifdef GSA_WITH_CUDA
-  if (has_kernel(x) && cos.scalar_type() == x.scalar_type() && sin.scalar_type() == x.scalar_type()) {
-    auto readable = [](const Tensor& t) { return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous(); };
-    const Tensor in = readable(x), c = readable(cos), s = readable(sin);
-    Tensor o = at::empty(x.sizes(), x.options());
-    RotateParams p;
-    p.B = x.size(0), p.T = x.size(1), p.heads = static_cast<int32_t>(x.size(2)), p.D = static_cast<int32_t>(D), p.n = static_cast<int32_t>(n);
-    p.transposed = transposed, p.x = view(in), p.o = view(o), p.cos = view(c), p.sin = view(s), p.stream = stream_of(x);
-    if (c.size(0) == 1) p.cos.batch = p.sin.batch = 0;
-    if (o.numel() > 0) cuda::rotate(p);
-    return o;
-  }
-#endif
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+Tensor rotate_one(const Tensor& x, const Tensor& cos, const Tensor& sin, bool transposed) {
+  const int64_t n = cos.size(2);
   Tensor o = at::empty(x.sizes(), x.options());
   const Tensor c = cos.unsqueeze(2), s = sin.unsqueeze(2);
   Tensor turned = o.slice(3, 0, n), o1 = o.slice(3, 0, n / 2), o2 = o.slice(3, n / 2, n);
@@ -68,121 +60,287 @@ Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, bool transp
   return o;
 }
 
-Tensor rotate_meta(const Tensor& x, const Tensor& cos, const Tensor& sin, bool) {
-  check_rotate(x, cos, sin);
-  return at::empty_symint(x.sym_sizes(), x.options());
+Two rotate(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, bool transposed) {
+  check_rotate(q, k, cos, sin);
+  const c10::DeviceGuard guard(q.device());
+#ifdef GSA_WITH_CUDA
+  const bool one_dtype = k.scalar_type() == q.scalar_type() && cos.scalar_type() == q.scalar_type() && sin.scalar_type() == q.scalar_type();
+  if (has_kernel(q) && one_dtype) {
+    auto readable = [](const Tensor& t) { return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous(); };
+    const Tensor qr = readable(q), kr = readable(k), c = readable(cos), s = readable(sin);
+    Tensor qo = at::empty(q.sizes(), q.options()), ko = at::empty(k.sizes(), k.options());
+    RotateParams p;
+    p.B = q.size(0), p.T = q.size(1), p.q_heads = static_cast<int32_t>(q.size(2)), p.k_heads = static_cast<int32_t>(k.size(2));
+    p.D = static_cast<int32_t>(q.size(3)), p.n = static_cast<int32_t>(cos.size(2)), p.transposed = transposed, p.stream = stream_of(q);
+    p.q = view(qr), p.k = view(kr), p.q_out = view(qo), p.k_out = view(ko), p.cos = view(c), p.sin = view(s);
+    if (c.size(0) == 1) p.cos.batch = 0;
+    if (s.size(0) == 1) p.sin.batch = 0;
+    if (qo.numel() + ko.numel() > 0) cuda::rotate(p);
+    return {qo, ko};
+  }
+#endif
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  return {rotate_one(q, cos, sin, transposed), rotate_one(k, cos, sin, transposed)};
+}
+
+Two rotate_meta(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, bool) {
+  check_rotate(q, k, cos, sin);
+  return {at::empty_symint(q.sym_sizes(), q.options()), at::empty_symint(k.sym_sizes(), k.options())};
 }
 
 struct Rotate : torch::autograd::Function<Rotate> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& cos, const Tensor& sin, bool transposed) {
+  static variable_list forward(AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, bool transposed) {
     const at::AutoDispatchBelowADInplaceOrView below;
     static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("gsa::rotate", "").typed<decltype(rotate)>();
     ctx->save_for_backward({cos, sin});
     ctx->saved_data["transposed"] = transposed;
-    return op.call(x, cos, sin, transposed);
+    auto [qo, ko] = op.call(q, k, cos, sin, transposed);
+    return {qo, ko};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("gsa::rotate", "").typed<decltype(rotate)>();
     const variable_list saved = ctx->get_saved_variables();
-    return {op.call(grads[0], saved[0], saved[1], !ctx->saved_data["transposed"].toBool()), {}, {}, {}};
+    auto [dq, dk] = op.call(grads[0], grads[1], saved[0], saved[1], !ctx->saved_data["transposed"].toBool());
+    return {dq, dk, {}, {}, {}};
   }
 };
 
-Tensor rotate_autograd(const Tensor& x, const Tensor& cos, const Tensor& sin, bool transposed) {
-  return Rotate::apply(x, cos.detach(), sin.detach(), transposed);
+Two rotate_autograd(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, bool transposed) {
+  const variable_list o = Rotate::apply(q, k, cos.detach(), sin.detach(), transposed);
+  return {o[0], o[1]};
 }
 
 // ------------------------------------------------------------------------------------------------------------ log_gate
 
 at::ScalarType wide(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
-void check_log_gate(const Tensor& logits, double normalizer) {
+void check_log_gate(const Tensor& logits, double normalizer, const OptTensor& mask) {
   TORCH_CHECK_TYPE(at::isFloatingType(logits.scalar_type()), "logits: expected a floating point dtype, given ", logits.scalar_type());
   TORCH_CHECK_VALUE(normalizer > 0, "normalizer: expected a positive number, given ", normalizer);
+  if (!mask) return;
+  TORCH_CHECK_TYPE(mask->scalar_type() == at::kBool, "mask: expected bool, given ", mask->scalar_type());
+  TORCH_CHECK_VALUE(mask->dim() == 2 && logits.dim() >= 2 && mask->sym_size(0) == logits.sym_size(0) && mask->sym_size(1) == logits.sym_size(1),
+                    "mask: expected shape [B, T], logits being ", logits.sym_sizes(), ", given ", mask->sym_sizes());
+  TORCH_CHECK(mask->device() == logits.device(), "logits and mask are on ", logits.device(), " and ", mask->device(), ": move them to one device");
+}
+Tensor padding(const Tensor& mask, const Tensor& like) {  // [B, T, 1, ...]
+  Tensor r = mask.logical_not();
+  for (int64_t i = 2; i < like.dim(); ++i) r = r.unsqueeze(-1);
+  return r;
+}
+Tensor raised(const Tensor& logits, OptDouble lowest) { return (lowest ? logits.clamp_min(*lowest) : logits).to(wide(logits)); }
+Tensor log_gate_cotangent(const Tensor& d_g, const Tensor& logits, double normalizer, OptDouble lowest, const OptTensor& mask) {
+  Tensor d = (d_g / normalizer * at::sigmoid(-raised(logits, lowest))).to(logits.scalar_type());
+  if (lowest) d = d.masked_fill((logits >= *lowest).logical_not(), 0);
+  return mask ? d.masked_fill(padding(*mask, logits), 0) : d;
 }
 
-Tensor log_gate(const Tensor& logits, double normalizer) {
-  check_log_gate(logits, normalizer);
+#ifdef GSA_WITH_CUDA
+void log_gate_kernel(const Tensor& logits, const OptTensor& d_g, double normalizer, OptDouble lowest, const OptTensor& mask, Tensor& o) {
+  const Tensor in = logits.contiguous(), cotangent = d_g ? d_g->contiguous() : Tensor(), tokens = mask ? mask->contiguous() : Tensor();
+  LogGateParams p;
+  p.count = in.numel(), p.normalizer = normalizer, p.dtype = dtype_of(in), p.logits = in.const_data_ptr(), p.o = o.data_ptr(), p.stream = stream_of(in);
+  if (d_g) p.d_o = cotangent.const_data_ptr<float>();
+  if (lowest) p.has_lowest = true, p.lowest = *lowest;
+  if (mask) p.mask = tokens.const_data_ptr<bool>(), p.per_token = in.numel() / std::max<int64_t>(tokens.numel(), 1);
+  if (p.count > 0) cuda::log_gate(p);
+}
+#endif
+
+Tensor log_gate(const Tensor& logits, double normalizer, OptDouble lowest, const OptTensor& mask) {
+  check_log_gate(logits, normalizer, mask);
   const c10::DeviceGuard guard(logits.device());
 #ifdef GSA_WITH_CUDA
   if (has_kernel(logits)) {
-    const Tensor in = logits.contiguous();
     Tensor o = at::empty(logits.sizes(), logits.options().dtype(at::kFloat));
-    cuda::log_gate({in.numel(), normalizer, dtype_of(in), in.const_data_ptr(), nullptr, o.data_ptr(), stream_of(in)});
+    log_gate_kernel(logits, {}, normalizer, lowest, mask, o);
     return o;
   }
 #endif
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const Tensor g = at::log_sigmoid(logits.to(wide(logits)));
-  return normalizer == 1 ? g : g / normalizer;
+  Tensor g = at::log_sigmoid(raised(logits, lowest));
+  if (normalizer != 1) g = g / normalizer;
+  return mask ? g.masked_fill(padding(*mask, logits), 0) : g;
 }
 
-Tensor log_gate_backward(const Tensor& d_g, const Tensor& logits, double normalizer) {
-  check_log_gate(logits, normalizer);
+Tensor log_gate_backward(const Tensor& d_g, const Tensor& logits, double normalizer, OptDouble lowest, const OptTensor& mask) {
+  check_log_gate(logits, normalizer, mask);
   const c10::DeviceGuard guard(logits.device());
 #ifdef GSA_WITH_CUDA
   if (has_kernel(logits) && d_g.scalar_type() == at::kFloat) {
-    const Tensor in = logits.contiguous(), cotangent = d_g.contiguous();
     Tensor o = at::empty(logits.sizes(), logits.options());
-    cuda::log_gate({in.numel(), normalizer, dtype_of(in), in.const_data_ptr(), cotangent.const_data_ptr<float>(), o.data_ptr(), stream_of(in)});
+    log_gate_kernel(logits, d_g, normalizer, lowest, mask, o);
     return o;
   }
 #endif
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  return (d_g / normalizer * at::sigmoid(-logits.to(wide(logits)))).to(logits.scalar_type());
+  return log_gate_cotangent(d_g, logits, normalizer, lowest, mask);
 }
 
-Tensor log_gate_meta(const Tensor& logits, double normalizer) {
-  check_log_gate(logits, normalizer);
+Tensor log_gate_meta(const Tensor& logits, double normalizer, OptDouble, const OptTensor& mask) {
+  check_log_gate(logits, normalizer, mask);
   return at::empty_symint(logits.sym_sizes(), logits.options().dtype(wide(logits)));
 }
-Tensor log_gate_backward_meta(const Tensor&, const Tensor& logits, double) { return at::empty_symint(logits.sym_sizes(), logits.options()); }
+Tensor log_gate_backward_meta(const Tensor&, const Tensor& logits, double, OptDouble, const OptTensor&) {
+  return at::empty_symint(logits.sym_sizes(), logits.options());
+}
 
 struct LogGate : torch::autograd::Function<LogGate> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& logits, double normalizer) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& logits, double normalizer, OptDouble lowest, const OptTensor& mask) {
     const at::AutoDispatchBelowADInplaceOrView below;
     static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("gsa::log_gate", "").typed<decltype(log_gate)>();
-    ctx->save_for_backward({logits});
+    ctx->save_for_backward({logits, mask.value_or(Tensor())});
     ctx->saved_data["normalizer"] = normalizer;
-    return op.call(logits, normalizer);
+    ctx->saved_data["lowest"] = lowest ? c10::IValue(*lowest) : c10::IValue();
+    return op.call(logits, normalizer, lowest, mask);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const Tensor logits = ctx->get_saved_variables()[0];
+    const variable_list saved = ctx->get_saved_variables();
     const double normalizer = ctx->saved_data["normalizer"].toDouble();
+    const OptDouble lowest = ctx->saved_data["lowest"].isNone() ? OptDouble() : ctx->saved_data["lowest"].toDouble();
+    const OptTensor mask = saved[1].defined() ? OptTensor(saved[1]) : std::nullopt;
     if (at::GradMode::is_enabled())  // of a gradient of a gradient
-      return {(grads[0] / normalizer * at::sigmoid(-logits.to(wide(logits)))).to(logits.scalar_type()), {}};
+      return {log_gate_cotangent(grads[0], saved[0], normalizer, lowest, mask), {}, {}, {}};
     static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("gsa::log_gate_backward", "").typed<decltype(log_gate_backward)>();
-    return {op.call(grads[0], logits, normalizer), {}};
+    return {op.call(grads[0], saved[0], normalizer, lowest, mask), {}, {}, {}};
   }
 };
 
-Tensor log_gate_autograd(const Tensor& logits, double normalizer) { return LogGate::apply(logits, normalizer); }
+Tensor log_gate_autograd(const Tensor& logits, double normalizer, OptDouble lowest, const OptTensor& mask) {
+  return LogGate::apply(logits, normalizer, lowest, mask);
+}
+
+// --------------------------------------------------------------------------------------------------------------- mix
+
+void check_mix(const Tensor& a, const Tensor& b, const Tensor& share) {
+  TORCH_CHECK_TYPE(at::isFloatingType(a.scalar_type()), "a: expected a floating point dtype, given ", a.scalar_type());
+  TORCH_CHECK_TYPE(b.scalar_type() == a.scalar_type() && share.scalar_type() == a.scalar_type(), "b, share: expected a's dtype ", a.scalar_type(), ", given ",
+                   b.scalar_type(), " and ", share.scalar_type());
+  TORCH_CHECK_VALUE(a.dim() >= 2, "a: expected shape [..., heads, D], given ", a.sym_sizes());
+  TORCH_CHECK_VALUE(b.sym_sizes() == a.sym_sizes(), "b: expected a's shape ", a.sym_sizes(), ", given ", b.sym_sizes());
+  TORCH_CHECK_VALUE(share.dim() == 1 && share.sym_size(0) == a.sym_size(-2), "share: expected shape [heads], a being ", a.sym_sizes(), ", given ",
+                    share.sym_sizes());
+  TORCH_CHECK(a.device() == b.device() && a.device() == share.device(), "a, b and share are on ", a.device(), ", ", b.device(), " and ", share.device(),
+              ": move them to one device");
+}
+Three mix_cotangents(const Tensor& d, const Tensor& a, const Tensor& b, const Tensor& share) {
+  const Tensor w = share.unsqueeze(-1);
+  std::vector<int64_t> rest(a.dim() - 1);
+  for (int64_t i = 0; i < a.dim() - 2; ++i) rest[i] = i;
+  rest.back() = a.dim() - 1;
+  const at::ScalarType sums = wide(a);
+  return {d * (1 - w), d * w, (d.to(sums) * (b.to(sums) - a.to(sums))).sum(rest).to(share.scalar_type())};
+}
+
+#ifdef GSA_WITH_CUDA
+MixParams mix_params(const Tensor& a, const Tensor& b, const Tensor& share) {  // contiguous ones
+  MixParams p;
+  p.heads = static_cast<int32_t>(a.size(-2)), p.D = static_cast<int32_t>(a.size(-1)), p.rows = a.numel() / std::max<int64_t>(int64_t(p.heads) * p.D, 1);
+  p.slabs = (p.rows + kMixSlab - 1) / kMixSlab, p.dtype = dtype_of(a), p.stream = stream_of(a);
+  p.a = a.const_data_ptr(), p.b = b.const_data_ptr(), p.share = share.const_data_ptr();
+  const int64_t V = 16 / a.element_size();
+  if (p.D % V == 0 && (reinterpret_cast<uintptr_t>(p.a) | reinterpret_cast<uintptr_t>(p.b)) % 16 == 0) p.V = static_cast<int32_t>(V);
+  return p;
+}
+#endif
+
+Tensor mix(const Tensor& a, const Tensor& b, const Tensor& share) {
+  check_mix(a, b, share);
+  const c10::DeviceGuard guard(a.device());
+#ifdef GSA_WITH_CUDA
+  if (has_kernel(a)) {
+    const Tensor ac = a.contiguous(), bc = b.contiguous(), sc = share.contiguous();
+    Tensor o = at::empty(a.sizes(), a.options());
+    MixParams p = mix_params(ac, bc, sc);
+    p.o = o.data_ptr();
+    if (o.numel() > 0) cuda::mix(p);
+    return o;
+  }
+#endif
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  return at::lerp(a, b, share.unsqueeze(-1));
+}
+
+Three mix_backward(const Tensor& d_o, const Tensor& a, const Tensor& b, const Tensor& share) {
+  check_mix(a, b, share);
+  const c10::DeviceGuard guard(a.device());
+#ifdef GSA_WITH_CUDA
+  if (has_kernel(a) && d_o.scalar_type() == a.scalar_type() && a.numel() > 0) {
+    const Tensor ac = a.contiguous(), bc = b.contiguous(), sc = share.contiguous(), dc = d_o.contiguous();
+    Tensor d_a = at::empty(a.sizes(), a.options()), d_b = at::empty(a.sizes(), a.options());
+    MixParams p = mix_params(ac, bc, sc);
+    if (reinterpret_cast<uintptr_t>(dc.const_data_ptr()) % 16 != 0) p.V = 1;
+    Tensor parts = at::empty({p.slabs, p.heads, p.D / p.V}, a.options().dtype(at::kFloat));
+    p.d_o = dc.const_data_ptr(), p.d_a = d_a.data_ptr(), p.d_b = d_b.data_ptr(), p.d_share = parts.data_ptr<float>();
+    cuda::mix(p);
+    return {d_a, d_b, parts.sum(at::IntArrayRef({0, 2})).to(share.scalar_type())};
+  }
+#endif
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  return mix_cotangents(d_o, a, b, share);
+}
+
+Tensor mix_meta(const Tensor& a, const Tensor& b, const Tensor& share) {
+  check_mix(a, b, share);
+  return at::empty_symint(a.sym_sizes(), a.options());
+}
+Three mix_backward_meta(const Tensor&, const Tensor& a, const Tensor& b, const Tensor& share) {
+  check_mix(a, b, share);
+  return {at::empty_symint(a.sym_sizes(), a.options()), at::empty_symint(a.sym_sizes(), a.options()), at::empty_symint(share.sym_sizes(), share.options())};
+}
+
+struct Mix : torch::autograd::Function<Mix> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& a, const Tensor& b, const Tensor& share) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("gsa::mix", "").typed<decltype(mix)>();
+    ctx->save_for_backward({a, b, share});
+    return op.call(a, b, share);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("gsa::mix_backward", "").typed<decltype(mix_backward)>();
+    auto [d_a, d_b, d_share] = at::GradMode::is_enabled() ? mix_cotangents(grads[0], saved[0], saved[1], saved[2])  // of a gradient of a gradient
+                                                          : op.call(grads[0], saved[0], saved[1], saved[2]);
+    return {d_a, d_b, d_share};
+  }
+};
+
+Tensor mix_autograd(const Tensor& a, const Tensor& b, const Tensor& share) { return Mix::apply(a, b, share); }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(gsa, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
-  m.def("rotate(Tensor x, Tensor cos, Tensor sin, bool transposed=False) -> Tensor", tags);
-  m.def("log_gate(Tensor logits, float normalizer) -> Tensor", tags);
-  m.def("log_gate_backward(Tensor d_g, Tensor logits, float normalizer) -> Tensor", tags);
+  m.def("rotate(Tensor q, Tensor k, Tensor cos, Tensor sin, bool transposed=False) -> (Tensor, Tensor)", tags);
+  m.def("log_gate(Tensor logits, float normalizer, float? lowest=None, Tensor? mask=None) -> Tensor", tags);
+  m.def("log_gate_backward(Tensor d_g, Tensor logits, float normalizer, float? lowest=None, Tensor? mask=None) -> Tensor", tags);
+  m.def("mix(Tensor a, Tensor b, Tensor share) -> Tensor", tags);
+  m.def("mix_backward(Tensor d_o, Tensor a, Tensor b, Tensor share) -> (Tensor, Tensor, Tensor)", tags);
 }
 TORCH_LIBRARY_IMPL(gsa, CPU, m) {
   m.impl("rotate", rotate);
   m.impl("log_gate", log_gate);
   m.impl("log_gate_backward", log_gate_backward);
+  m.impl("mix", mix);
+  m.impl("mix_backward", mix_backward);
 }
 TORCH_LIBRARY_IMPL(gsa, CUDA, m) {
   m.impl("rotate", rotate);
   m.impl("log_gate", log_gate);
   m.impl("log_gate_backward", log_gate_backward);
+  m.impl("mix", mix);
+  m.impl("mix_backward", mix_backward);
 }
 TORCH_LIBRARY_IMPL(gsa, Meta, m) {
   m.impl("rotate", rotate_meta);
   m.impl("log_gate", log_gate_meta);
   m.impl("log_gate_backward", log_gate_backward_meta);
+  m.impl("mix", mix_meta);
+  m.impl("mix_backward", mix_backward_meta);
 }
 TORCH_LIBRARY_IMPL(gsa, Autograd, m) {
   m.impl("rotate", rotate_autograd);
   m.impl("log_gate", log_gate_autograd);
+  m.impl("mix", mix_autograd);
 }
 
 }  // namespace gsa

@@ -155,26 +155,41 @@ struct WindowParams {
   void* stream = nullptr;
 };
 
-// o = x with its first n components turned: x cos + (-x2, x1) sin, x1 and x2 being their halves; transposed: the other way round.
+// q and k with their first n components turned: x cos + (-x2, x1) sin, x1 and x2 being their halves; transposed: the other way round.
 struct RotateParams {
   int64_t B = 0, T = 0;
-  int32_t heads = 0, D = 0, n = 0;
+  int32_t q_heads = 0, k_heads = 0, D = 0, n = 0;
   bool transposed = false;
-  View x, o;                          // [B, T, heads, D]
+  View q, k, q_out, k_out;            // [B, T, q_heads or k_heads, D]
   View cos, sin;                      // [B or 1, T, n], strides batch and token
   void* stream = nullptr;
 };
 
-// o = logsigmoid(logits) / normalizer in fp32; with a cotangent d_o of that, of the logits.
+// o = logsigmoid(max(logits, lowest)) / normalizer in fp32, 0 where the mask is false; with a cotangent d_o of that, of the logits.
 struct LogGateParams {
-  int64_t count = 0;
-  double normalizer = 1;
+  int64_t count = 0, per_token = 1;   // of elements
+  double normalizer = 1, lowest = 0;
+  bool has_lowest = false;
+  const bool* mask = nullptr;         // one for each token, or null
   DType dtype = DType::none;          // of the logits, and of o where there is a d_o
   const void* logits = nullptr;       // contiguous, as all here
   const float* d_o = nullptr;
   void* o = nullptr;
   void* stream = nullptr;
 };
+
+// o = a + share (b - a), a share for each head; or, with a cotangent d_o of that, those of a and b, and what each slab of tokens adds to the shares'.
+struct MixParams {
+  int64_t rows = 0, slabs = 0;        // rows: tokens
+  int32_t heads = 0, D = 0, V = 1;    // V: of a head's components are read at a time
+  DType dtype = DType::none;          // of all but d_share
+  const void *a = nullptr, *b = nullptr, *d_o = nullptr;   // [rows, heads, D] contiguous, as all here
+  const void* share = nullptr;        // [heads]
+  void *o = nullptr, *d_a = nullptr, *d_b = nullptr;
+  float* d_share = nullptr;           // [slabs, heads, D / V]
+  void* stream = nullptr;
+};
+constexpr int64_t kMixSlab = 16;      // tokens
 
 // Tokens per chunk, the spacing of the boundary states. Depends on nothing but this, so that shapes are known without a device.
 constexpr int64_t chunk_length(DType dtype, Math math, int64_t M) {
@@ -213,6 +228,7 @@ int64_t window_step_shared(const WindowParams&);   // bytes of shared memory tha
 void window_step(const WindowParams&);
 void rotate(const RotateParams&);     // inputs.cu; elsewhere from torch's own operations (inputs.cpp), too
 void log_gate(const LogGateParams&);
+void mix(const MixParams&);
 }
 #undef GSA_BACKEND
 

@@ -180,6 +180,7 @@ def slot_attention(
     silu_qk: bool = False,
     silu_v: bool = False,
     rotary: Rotary | None = None,
+    lowest_logit: float | None = None,
 ) -> Tensor:
     """Gated Slot Attention with a coupled write, padding, and a state that is carried on: what every GSA layer does between its projections.
     A single token with a state is one kernel.
@@ -192,6 +193,7 @@ def slot_attention(
         cu_seqlens: ``[N + 1]``, packed sequences (B = 1). With a state, which must be fresh, the last sequence's is kept.
         silu_qk, silu_v: silu on q and k, on v.
         rotary: what is done to q and k before that.
+        lowest_logit: gate logits below it count as it.
 
     Returns:
         ``[B, T, HQ, V]`` in q's dtype. At padding its values are finite and mean nothing.
@@ -209,6 +211,8 @@ def slot_attention(
             cos, sin = rotary.cos[:, 0], rotary.sin[:, 0]
         elif rotary is not None:
             q, k = rotary.apply(q, k)
+        if lowest_logit is not None:
+            gate_logits = gate_logits.clamp(min=lowest_logit)
         o = torch.ops.gsa.step(
             q[:, 0], k[:, 0], v[:, 0], None, gate_logits[:, 0], *state.slots, None, scale, None, token, gate_normalizer, cos, sin, silu_qk, silu_v)
         state.seen += 1
@@ -216,9 +220,7 @@ def slot_attention(
 
     if rotary is not None:
         q, k = rotary.apply(q, k)
-    g = log_gate(gate_logits, gate_normalizer)
-    if mask is not None:
-        g = g.masked_fill(~mask[:, :, None, None], 0.0)              # and so s = 1 - exp(0) = 0
+    g = log_gate(gate_logits, gate_normalizer, lowest_logit, mask)
     if silu_qk:
         q, k = F.silu(q), F.silu(k)
     if silu_v:
@@ -277,12 +279,18 @@ class _Linears(torch.autograd.Function):
         return dx.view(x.shape) if dx is not None else None, *found
 
 
-def log_gate(logits: Tensor, normalizer: float) -> Tensor:
-    """``logsigmoid(logits) / normalizer`` in fp32 (fp64 stays fp64): in 16 bits the write strength ``1 - exp(g)`` would vanish for slow slots."""
+def log_gate(logits: Tensor, normalizer: float, lowest: float | None = None, mask: Tensor | None = None) -> Tensor:
+    """``logsigmoid(logits) / normalizer`` in fp32 (fp64 stays fp64): in 16 bits the write strength ``1 - exp(g)`` would vanish for slow slots.
+
+    logits ``[B, T, ...]``; below ``lowest`` they count as it and get no gradient. mask: bool ``[B, T]``; where it is False g and the write strength are 0.
+    """
     if not torch.compiler.is_compiling():  # a compiler sees through the formula
-        return torch.ops.gsa.log_gate(logits, normalizer)
+        return torch.ops.gsa.log_gate(logits, normalizer, lowest, mask)
+    if lowest is not None:
+        logits = logits.clamp(min=lowest)
     g = F.logsigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
-    return g if normalizer == 1 else g / normalizer
+    g = g if normalizer == 1 else g / normalizer
+    return g if mask is None else g.masked_fill(~mask.view(*mask.shape, *(1,) * (g.ndim - 2)), 0.0)
 
 
 class RMSNorm(nn.Module):

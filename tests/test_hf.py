@@ -501,20 +501,22 @@ def test_pickle_and_copy():
         assert type(other) is type(model) and torch.equal(other(ids).logits, model(ids).logits)
 
 
-@pytest.mark.parametrize("name", ["layer", "t2r", "paper"])
+@pytest.mark.parametrize("name", ["layer", "t2r", "paper", "liger", "t2r-window"])
 def test_no_full_size_copies(name, device):
-    """Between the projections and the op nothing as large as the hidden states is copied, forward or backward."""
+    """Between the projections and the op nothing as large as the hidden states is copied, forward or backward; but by a window on the CPU, in blocks."""
     from benchmarks.layer import Copies, build
 
     shape, dtype = (2, 32, 64, 4, 2, 16), torch.float32 if device.type == "cpu" else torch.bfloat16
     layer, forward = build(name, shape, dtype, device)
     x = torch.randn(2, 32, 64, device=device, dtype=dtype, requires_grad=True)
-    with Copies(x.numel()) as copies:
+    with Copies(x) as copies:
         x.clone()
-    assert copies.found == {"clone": 1}
-    with Copies(x.numel()) as copies:
+        x[:, 1:].clone()
+        torch.empty_like(x).view(torch.complex128).copy_(x.detach().view(torch.complex128))      # an eighth of the elements, or a quarter
+    assert copies.found == {"clone": 1, "copy_": 1}
+    with Copies(x) as copies:
         torch.autograd.grad(forward(x), [x, *layer.parameters()], torch.ones_like(x))
-    assert not copies.found
+    assert bool(copies.found) == (name in ("liger", "t2r-window") and device.type == "cpu")
 
 
 def test_rotation(device):
@@ -527,10 +529,11 @@ def test_rotation(device):
     assert is_half_rotation(halves) and not is_half_rotation(interleaved) and not is_half_rotation(torch.add)
     for dtype, angles, n in ((torch.float64, torch.float64, 8), (torch.float32, torch.float32, 6), (torch.bfloat16, torch.bfloat16, 8),
                              (torch.bfloat16, torch.float32, 8)):
-        x = torch.randn(2, 5, 3, 8, device=device).to(dtype).requires_grad_()
+        q, k = (torch.randn(2, 5, H, 8, device=device).to(dtype).requires_grad_() for H in (3, 1))
         cos, sin = (torch.randn(1, 5, n, device=device).to(angles) for _ in range(2))
-        got, want = rotate_halves(x, cos, sin), torch.cat([halves(x[..., :n], x[..., :n], cos, sin, unsqueeze_dim=2)[0].to(dtype), x[..., n:]], -1)
-        assert got.dtype == dtype
-        cotangent = torch.randn_like(want)
-        for a, b in ((got, want), (torch.autograd.grad(got, x, cotangent)[0], torch.autograd.grad(want, x, cotangent)[0])):
+        family = halves(q[..., :n], k[..., :n], cos, sin, unsqueeze_dim=2)
+        got, want = rotate_halves(q, k, cos, sin), [torch.cat([y.to(dtype), x[..., n:]], -1) for x, y in zip((q, k), family)]
+        assert all(x.dtype == dtype for x in got)
+        cotangents = [torch.randn_like(x) for x in want]
+        for a, b in zip((*got, *torch.autograd.grad(got, (q, k), cotangents)), (*want, *torch.autograd.grad(want, (q, k), cotangents))):
             close(a.double(), b.double(), {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 6e-3}[dtype])

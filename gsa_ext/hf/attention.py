@@ -55,7 +55,10 @@ class GateProjection(nn.Linear):
 
 
 class WindowMix(nn.Module):
-    """``window_mix``: per query head the learned share that the window has in the output, half at the start. ``weight [num_heads]`` is its logit."""
+    """``window_mix``: per query head the learned share that the window has in the output, half at the start. ``weight [num_heads]`` is its logit.
+
+    ``o, beside [..., num_heads, D]`` of one dtype -> ``o + share (beside - o)``, in one pass forward and one backward.
+    """
 
     def __init__(self, num_heads: int, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
@@ -65,8 +68,11 @@ class WindowMix(nn.Module):
     def reset_parameters(self) -> None:
         init.zeros_(self.weight)
 
-    def forward(self) -> Tensor:
-        return torch.sigmoid(self.weight)[:, None]
+    def forward(self, o: Tensor, beside: Tensor) -> Tensor:
+        share = torch.sigmoid(self.weight).to(o.dtype)
+        if torch.compiler.is_compiling():                                # a compiler sees through the formula
+            return torch.lerp(o, beside, share[:, None])
+        return torch.ops.gsa.mix(o, beside, share)
 
 
 class GSAAttention(nn.Module):
@@ -152,8 +158,6 @@ class GSAAttention(nn.Module):
         if self.f_proj is not None and not gate:                         # the gate wants inputs of known size
             outputs.append(self.f_proj(F.rms_norm(hidden_states, hidden_states.shape[-1:])))
         gate_logits = self._key_logits(k) if self.f_proj is None else outputs[-1].unflatten(-1, (self.num_kv_heads, self.num_slots))
-        if self.lowest_logit is not None:
-            gate_logits = gate_logits.clamp(min=self.lowest_logit)
         turn, rotary, rotated, beside = None, None, None, None
         if self.rotates and self.step_rotates and position_embeddings is not None:
             turn = Rotary(position_embeddings[0], position_embeddings[1], lambda q, k: self._rotated(q, k, position_embeddings))
@@ -175,10 +179,9 @@ class GSAAttention(nn.Module):
             else:
                 q, k = self._rotated(q, k, position_embeddings) if rotated is None else rotated
         silu, normalizer = self.settings["silu"], self.settings["gate_logit_normalizer"]
-        o = slot_attention(q, k, v, gate_logits, normalizer, self.scale, mask, state, cu_seqlens, silu, silu, rotary)
+        o = slot_attention(q, k, v, gate_logits, normalizer, self.scale, mask, state, cu_seqlens, silu, silu, rotary, self.lowest_logit)
         if beside is not None:
-            share = self.settings["mix"] if self.window_mix is None else self.window_mix()
-            o = torch.lerp(o, beside, share.to(o.dtype) if isinstance(share, Tensor) else share)
+            o = torch.lerp(o, beside, self.settings["mix"]) if self.window_mix is None else self.window_mix(o, beside)
         o = o.flatten(-2)
         if self.g_norm is not None:
             o = self.g_norm(F.silu(o))

@@ -82,7 +82,7 @@ class Family:
     def rotate(self, module: GSAAttention, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """The family's own rotation, of as many leading dimensions as there are angles."""
         if module.rotates_halves and not torch.compiler.is_compiling():  # a compiler sees through the formula
-            return rotate_halves(q, cos, sin), rotate_halves(k, cos, sin)
+            return rotate_halves(q, k, cos, sin)
         n = cos.shape[-1]
         if n >= module.head_dim:
             return module.apply_rotary(q, k, cos, sin, unsqueeze_dim=2)

@@ -35,7 +35,7 @@ def is_half_rotation_to_the_bit(apply: Callable[..., tuple[Tensor, Tensor]]) -> 
     return all(map(torch.equal, found, (x * cos + torch.cat([-x[..., 4:], x[..., :4]], -1) * sin for x in (q, k))))
 
 
-def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x ``[B, T, H, D]``; cos, sin ``[B or 1, T, n]``, n <= D: the first n dimensions are turned. Returns x's shape and dtype; cos and sin get no gradient.
-    In 16 bits ``x * cos`` is rounded, too, as the families do."""
-    return torch.ops.gsa.rotate(x, cos, sin)
+def rotate_halves(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """q ``[B, T, HQ, D]``, k ``[B, T, H, D]``; cos, sin ``[B or 1, T, n]``, n <= D: the first n dimensions are turned, of both in one kernel. Returns their
+    shapes and dtypes; cos and sin get no gradient. In 16 bits ``x * cos`` is rounded, too, as the families do."""
+    return torch.ops.gsa.rotate(q, k, cos, sin)
