@@ -178,7 +178,7 @@ void forward_for_hopper(const ForwardParams& p) {
   if (!at.walks) {
     void* const states = p.boundary ? p.boundary : images + at.states;
     hopper_states(p, images, states, products);
-    return hopper_output(p, states, images);
+    return hopper_wide(p) ? hopper_wide_output(p, states, images) : hopper_output(p, states, images);
   }
   if (p.boundary) {
     ForwardParams states_only{};

@@ -4,8 +4,10 @@
 
 namespace gsa::cuda {
 
-// Whether they take this call: sm_90a, 16-bit inputs, K = V = 64 or 128, M a multiple of 8 up to 64, rows on 16-byte boundaries.
+// Whether they take this call: sm_90a, 16-bit inputs, K = V = 64, 128, 256 or 512, M a multiple of 8 up to 64, rows on 16-byte boundaries.
 bool hopper_takes(const Params& p);
+// Of what they take: heads of more than 128 dimensions, which never walk and whose chunks are streamed over (hopper_wide_*.cu).
+inline bool hopper_wide(const Params& p) { return p.K > 128; }
 // Whether the forward walk, a block of which does a whole sequence, does: enough sequences times query heads for the GPU.
 bool hopper_walks(const Params& p);
 // Whether the backward walk (hopper_fused) does, too: each query head has keys and values of its own.
@@ -22,6 +24,7 @@ void hopper_gates(const Params& p, void* images);
 void hopper_states(const ForwardParams& p, const void* images, void* boundary, float* products);
 // After hopper_states: o.
 void hopper_output(const ForwardParams& p, const void* boundary, const void* images);
+void hopper_wide_output(const ForwardParams& p, const void* boundary, const void* images);
 
 // Whether the scans over the chunks (hopper_states, hopper_cotangents) are hopper_few.cu's: few sequences and heads, each with many chunks. Asked for a whole call,
 // forward or backward: the two ways' states differ in their last bits.
@@ -44,6 +47,9 @@ void hopper_queries(const BackwardParams& p, const void* boundary, const Backwar
 void hopper_cotangents(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w);
 void hopper_keys(const BackwardParams& p, const BackwardWorkspace& w);
 void hopper_windows(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w);
+// Where hopper_wide, around the same scan: dq is made by the last part, and there is none for chunks of several windows.
+void hopper_wide_queries(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w);
+void hopper_wide_keys(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w);
 
 // What hopper_states and, in reverse, hopper_cotangents are where there is room for products. Where the states begin and end: [N, H, K, M] and [N, H, M, V],
 // nullptr: zero; not wanted.

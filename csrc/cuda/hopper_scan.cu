@@ -8,7 +8,7 @@
 //     X: k, v                                                    X: q, d_o
 //
 // S and the two factors come from hopper_gates.cu, Y from hopper_queries.cu: of a chunk of several windows relative to each window's reference, so that here it is made
-// one relative to the chunk's beginning. Tiles come two steps (a chunk and query head) ahead, or five, where there is one block on a multiprocessor. Few sequences and
+// one relative to the chunk's beginning (that of hopper_wide_queries.cu is). Tiles come two steps (a chunk and query head) ahead, or five, where there is one block on a multiprocessor. Few sequences and
 // heads leave most of the GPU idle: hopper_few.cu.
 #include "core/hopper.cuh"
 #include "core/select.cuh"
@@ -35,6 +35,7 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
   extern __shared__ __align__(1024) char memory[];
   auto& m = *reinterpret_cast<ScanShared<E, STAGES>*>(memory);
   constexpr int slices = D / 64;
+  using Left = std::conditional_t<(D > 128), WideSaved<E>, Saved<E>>;
   const int r = reverse ? p.HQ / p.H : 1, slice = blockIdx.x % slices, side = blockIdx.x / slices % 2, head = blockIdx.x / (2 * slices) % p.H;
   const int64_t n = blockIdx.x / (2 * slices) / p.H;
   Chunk c;
@@ -71,7 +72,7 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
       const int64_t x_head = reverse ? head * r + s % r : head;
       if (threadIdx.x == 0) {
         arrive_expecting(m.full + stage, 2 * kTile * 2);
-        const E* from = reverse ? w.saved[next.slot * p.HQ + x_head].Y[side][0] : w.gates[next.slot * p.H + head].S[0];
+        const E* from = reverse ? reinterpret_cast<const Left*>(w.saved)[next.slot * p.HQ + x_head].Y[side][0] : w.gates[next.slot * p.H + head].S[0];
         bulk_load(m.Y[stage], from, 2 * kTile * 2, m.full + stage);
       }
       Rows x = rows_of(reverse ? side ? p.d_o : p.q : side ? p.v : p.k, next, x_head);
@@ -128,7 +129,7 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
           for (int e = 0; e < 4; ++e) before[t][e] = h[t][e];
         if (f.cut) scale_rows(h, f.in[0], f.in[1]);
       }
-      if (reverse && f.cut) from_the_beginning(m.Y[stage], w.gates[at].R, c.seq.length() - chunk_of(first) * int64_t(kChunk));
+      if (reverse && D <= 128 && f.cut) from_the_beginning(m.Y[stage], w.gates[at].R, c.seq.length() - chunk_of(first) * int64_t(kChunk));
       hand_over(h);
       products_begin();
       product<E, 4, 1, 1>(h, mnmajor(m.Y[stage][0]), mnmajor(m.X[stage]), true);
@@ -170,14 +171,15 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
 template <bool reverse>
 void scan(const BackwardParams& p, const ScanEnds& ends, void* boundary, const BackwardWorkspace& w) {
   if (w.products) return hopper_scan_few(p, reverse, ends, boundary, w);
-  select_hopper(p, [&]<class E, int D>() {
+  auto for_size = [&]<class E, int D>() {
     const int64_t blocks = p.N * p.H * 2 * (D / 64);
     auto run = [&]<int STAGES>() {
       launch(reverse ? "hopper_cotangents" : "hopper_states", scan_kernel<E, D, reverse, STAGES>, blocks, kThreads, sizeof(ScanShared<E, STAGES>), p.stream, p,
              ends, static_cast<E*>(boundary), Backward<E>(w));
     };
     blocks > hopper_multiprocessors() ? run.template operator()<3>() : run.template operator()<6>();
-  });
+  };
+  hopper_wide(p) ? select_wide(p, for_size) : select_hopper(p, for_size);
 }
 
 }  // namespace
