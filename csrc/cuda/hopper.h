@@ -21,10 +21,12 @@ void hopper_forward(const ForwardParams& p, void* boundary, const void* images =
 int64_t hopper_gates_bytes(const Params& p);
 void hopper_gates(const Params& p, void* images);
 // After hopper_gates: the boundary states, and the final states that p asks for. products: room for hopper_products_bytes where hopper_few, else nullptr.
-void hopper_states(const ForwardParams& p, const void* images, void* boundary, float* products);
+void hopper_states(const ForwardParams& p, const void* images, void* boundary, float* products, bool keys_only = false);
 // After hopper_states: o.
 void hopper_output(const ForwardParams& p, const void* boundary, const void* images);
-void hopper_wide_output(const ForwardParams& p, const void* boundary, const void* images);
+// Where hopper_wide, after the keys' half of hopper_states; room: hopper_wide_scores_bytes.
+void hopper_wide_output(const ForwardParams& p, const void* boundary, const void* images, void* room);
+int64_t hopper_wide_scores_bytes(const Params& p);
 
 // Whether the scans over the chunks (hopper_states, hopper_cotangents) are hopper_few.cu's: few sequences and heads, each with many chunks. Asked for a whole call,
 // forward or backward: the two ways' states differ in their last bits.

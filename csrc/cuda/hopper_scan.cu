@@ -30,14 +30,14 @@ static_assert(sizeof(ScanShared<bf16, 3>) <= 113 * 1024 && sizeof(ScanShared<bf1
 
 template <class E, int D, bool reverse, int STAGES>
 __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ ScanEnds ends,
-                                                                             E* boundary, const __grid_constant__ Backward<E> w) {
+                                                                             E* boundary, const __grid_constant__ Backward<E> w, int sides) {
 #if GSA_HOPPER
   extern __shared__ __align__(1024) char memory[];
   auto& m = *reinterpret_cast<ScanShared<E, STAGES>*>(memory);
   constexpr int slices = D / 64;
   using Left = std::conditional_t<(D > 128), WideSaved<E>, Saved<E>>;
-  const int r = reverse ? p.HQ / p.H : 1, slice = blockIdx.x % slices, side = blockIdx.x / slices % 2, head = blockIdx.x / (2 * slices) % p.H;
-  const int64_t n = blockIdx.x / (2 * slices) / p.H;
+  const int r = reverse ? p.HQ / p.H : 1, slice = blockIdx.x % slices, side = blockIdx.x / slices % sides, head = blockIdx.x / (sides * slices) % p.H;
+  const int64_t n = blockIdx.x / (sides * slices) / p.H;
   Chunk c;
   c.seq = sequence<false>(p, n, kChunk);
   const int chunks = static_cast<int>(c.seq.chunks);
@@ -169,13 +169,13 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
 }
 
 template <bool reverse>
-void scan(const BackwardParams& p, const ScanEnds& ends, void* boundary, const BackwardWorkspace& w) {
+void scan(const BackwardParams& p, const ScanEnds& ends, void* boundary, const BackwardWorkspace& w, int sides = 2) {
   if (w.products) return hopper_scan_few(p, reverse, ends, boundary, w);
   auto for_size = [&]<class E, int D>() {
-    const int64_t blocks = p.N * p.H * 2 * (D / 64);
+    const int64_t blocks = p.N * p.H * sides * (D / 64);
     auto run = [&]<int STAGES>() {
       launch(reverse ? "hopper_cotangents" : "hopper_states", scan_kernel<E, D, reverse, STAGES>, blocks, kThreads, sizeof(ScanShared<E, STAGES>), p.stream, p,
-             ends, static_cast<E*>(boundary), Backward<E>(w));
+             ends, static_cast<E*>(boundary), Backward<E>(w), sides);
     };
     blocks > hopper_multiprocessors() ? run.template operator()<3>() : run.template operator()<6>();
   };
@@ -184,10 +184,11 @@ void scan(const BackwardParams& p, const ScanEnds& ends, void* boundary, const B
 
 }  // namespace
 
-void hopper_states(const ForwardParams& p, const void* images, void* boundary, float* products) {
+void hopper_states(const ForwardParams& p, const void* images, void* boundary, float* products, bool keys_only) {
   BackwardParams b{};
   static_cast<Params&>(b) = p;
-  scan<false>(b, {{p.hk0, p.hv0}, {p.hkT, p.hvT}, p.h0_broadcast}, boundary, {const_cast<void*>(images), nullptr, nullptr, nullptr, products});
+  scan<false>(b, {{p.hk0, p.hv0}, {p.hkT, p.hvT}, p.h0_broadcast}, boundary, {const_cast<void*>(images), nullptr, nullptr, nullptr, products},
+              keys_only ? 1 : 2);
 }
 
 void hopper_cotangents(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w) {

@@ -1,19 +1,22 @@
-// Chunked forward for Hopper (sm_90a), heads of 256 and 512 dimensions: what is left of a chunk once the state before it is there, as hopper_output.cu for smaller
-// ones. One block for each chunk and query head, two passes over slices of 64 dimensions:
+// Chunked forward for Hopper (sm_90a), heads of 256 and 512 dimensions: o, once the keys' states before each chunk are there. Two kernels. The first has a block for each
+// chunk and query head, and streams over slices of 64 dimensions:
 //
 //     X  = tril(sum over the slices of q k^T)         o1 = R (exp(ref) (sum over the slices of q Hk) + X S)         p = softmax(scale o1)
-//     P  = p R
-//     A2 = tril(P S^T)                                o  = A2 v + (P exp(ref)) Hv, slice by slice
+//     P  = p R                                        A2 = tril(P S^T)
 //
-// S, R, ref are those of hopper_gates.cu, the states those of hopper_scan.cu. A chunk of several windows: o1, A2 and P exp(G) token by token (core/wide.cuh). Two
-// warpgroups, each with half of the columns of X, of the slots (o1, p, P) and of a slice (o); A2 is made by both. Operands in two parts: X, S, P, A2, except
-// P exp(ref). Two blocks on a multiprocessor.
+// and leaves A2 and P exp(ref). The second makes the values' states and what is read of them in the same sweep, so that they need not go through memory: a block for
+// each sequence, key/value head and 64 or 128 dimensions, one chunk after the other, a state [64 slots x 64 dimensions] in the registers of a warpgroup:
 //
-//     shared memory      written by            read until
-//     tiles              cp.async              three stages of q, k, Hk; then of v, Hv. Between the passes, of a chunk of several windows: gates, X, then A2, o1,
-//                                              then p exp(G); the second pass is on its way after that, else before
+//     o  = A2 v + (P exp(ref)) Hv, of each query head of the group                    Hv <- exp(G_end - ref) (exp(ref) Hv + S^T v)
+//
+// S, R, ref are those of hopper_gates.cu, Hk that of hopper_scan.cu, whose values' states these are, bit for bit. A chunk of several windows: o1, A2 and P exp(G) token by
+// token (core/wide.cuh). In the first kernel two warpgroups, each with half of the columns of X and A2 and of the slots; two blocks on a multiprocessor. Operands in
+// two parts: X, S, P, A2, except P exp(ref).
+//
+//     shared memory of the first        written by            read until
+//     tiles              cp.async              three stages of q, k, Hk; then of a chunk of several windows gates, X, then A2, o1, then p exp(G)
 //     S (two parts), in  bulk copy             A2
-//     X, then P          both halves           o1; A2
+//     X, then P          both halves           o1; A2, then P exp(ref)
 #include "core/wide.cuh"
 #include "hopper.h"
 
@@ -48,8 +51,15 @@ static_assert(sizeof(Exact) <= sizeof(WideOutputShared<bf16>::tiles));
   RowSlots::store(m.O, i, y);
 }
 
+// Of a chunk and query head: A2 in two parts, P exp(ref).
+template <class E>
+struct Scores {
+  E A[3][kTile];
+};
+
 template <class E, int D>
-__global__ __launch_bounds__(kWideThreads, 2) void wide_output_kernel(const __grid_constant__ ForwardParams p, const E* boundary, const GateImage<E>* images) {
+__global__ __launch_bounds__(kWideThreads, 2) void wide_scores_kernel(const __grid_constant__ ForwardParams p, const E* boundary, const GateImage<E>* images,
+                                                                      Scores<E>* scores) {
 #if GSA_HOPPER
   extern __shared__ __align__(1024) char memory[];
   auto& m = *reinterpret_cast<WideOutputShared<E>*>(memory);
@@ -61,18 +71,17 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_output_kernel(const __gr
   const GateImage<E>& image = images[c.slot * p.H + head];
   const bool cut = image.cut;
   const E* const states = boundary + (c.slot * p.H + head) * 2 * int64_t(D) * p.M;
-  auto load = [&](int step, int stage, int last) {
-    if (step < last) {
-      const int side = step >= slices, d = (step - side * slices) * 64;
+  auto load = [&](int step, int stage) {
+    if (step < slices) {
       E(&to)[3][kTile] = m.tiles[stage];
-      if (!side) load_slice(to[0], rows_of(p.q, c, q_head), d, c.length);
-      load_slice(to[1], rows_of(side ? p.v : p.k, c, head), d, c.length);
-      load_state_slice(to[2], states, side * D + d, p.M);
+      load_slice(to[0], rows_of(p.q, c, q_head), step * 64, c.length);
+      load_slice(to[1], rows_of(p.k, c, head), step * 64, c.length);
+      load_state_slice(to[2], states, step * 64, p.M);
     }
     cp_async_commit();
   };
-  load(0, 0, slices);
-  load(1, 1, slices);
+  load(0, 0);
+  load(1, 1);
   if (threadIdx.x == 0 && !cut) {
     init(&m.S_full, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -90,7 +99,7 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_output_kernel(const __gr
     cp_async_wait_for<1>();
     publish();
     __syncthreads();  // the slice is there, and everybody is done with the one before it
-    load(step + 2, free, cut ? slices : 2 * slices);
+    load(step + 2, free);
     const E* t = m.tiles[stage][0];
     hand_over(x);
     hand_over(o1);
@@ -105,8 +114,8 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_output_kernel(const __gr
   }
 
   const float scale = static_cast<float>(p.scale) * 1.4426950408889634f;
-  typename Arith<E>::template Split<64> A2;
-  typename Arith<E>::template Op<64> P_in;
+  __syncthreads();  // the tiles are free
+  E(&A)[3][kTile] = m.tiles[0];
   if (!cut) {
     keep_lower<0>(x, warp, half * 32);
     {
@@ -139,20 +148,22 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_output_kernel(const __gr
     }
     publish();
     __syncthreads();
-    float y[8][4];
-    hand_over(y);
+    const E* const S_rows = m.S[0] + half * 32 * 64;
+    hand_over(x);
     products_begin();
-    product<E, 4, 0, 0>(y, kmajor(m.X[0]), kmajor(m.S[0]), false);
-    product<E, 4, 0, 0>(y, kmajor(m.X[1]), kmajor(m.S[0]), true);
-    product<E, 4, 0, 0>(y, kmajor(m.X[0]), kmajor(m.S[1]), true);
+    product<E, 4, 0, 0>(x, kmajor(m.X[0]), kmajor(S_rows), false);
+    product<E, 4, 0, 0>(x, kmajor(m.X[1]), kmajor(S_rows), true);
+    product<E, 4, 0, 0>(x, kmajor(m.X[0]), kmajor(S_rows + kTile), true);
     products_commit();
-    P_in = operand_times(m.X[0], m.in, warp);
+    scale_columns(o1, m.in + half * 32);
+    store_operand<E>(A[2], operand<E>(o1), warp, half * 32);
     products_wait<0>();
-    hand_over(y);
-    keep<true, 0>(y, warp);
-    A2 = split<E>(y);
+    hand_over(x);
+    keep_lower<0>(x, warp, half * 32);
+    const auto A2 = split<E>(x);
+    store_operand<E>(A[0], A2.hi, warp, half * 32);
+    store_operand<E>(A[1], A2.lo, warp, half * 32);
   } else {
-    __syncthreads();
     exact_gates<E>(p, blockIdx.x / p.HQ, head, exact.a, exact.s);
     store_R(exact.X, x, row, col);
     store_R(exact.O, o1, row, col);
@@ -169,60 +180,157 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_output_kernel(const __gr
     __syncthreads();
     exact_outputs(exact);
     __syncthreads();
-    float y[8][4];
-#pragma unroll
-    for (int g = 0; g < 2; ++g) {
-      load_R(x, exact.O, row, g * 32 + frag_col());
-#pragma unroll
-      for (int t = 0; t < 4; ++t)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) y[g * 4 + t][e] = x[t][e];
-    }
-    P_in = operand<E>(y);
-#pragma unroll
-    for (int g = 0; g < 2; ++g) {
-      load_R(x, exact.X, row, g * 32 + frag_col());
-#pragma unroll
-      for (int t = 0; t < 4; ++t)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) y[g * 4 + t][e] = x[t][e];
-    }
-    A2 = split<E>(y);
+    load_R(o1, exact.O, row, col);
+    load_R(x, exact.X, row, col);
     __syncthreads();
-    load(slices, stage, 2 * slices);
-    load(slices + 1, stage == kStages - 1 ? 0 : stage + 1, 2 * slices);
+    const auto A2 = split<E>(x);
+    store_operand<E>(A[0], A2.hi, warp, half * 32);
+    store_operand<E>(A[1], A2.lo, warp, half * 32);
+    store_operand<E>(A[2], operand<E>(o1), warp, half * 32);
   }
+  publish();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    bulk_store(scores + c.slot * p.HQ + q_head, A, sizeof(A));
+    bulk_commit();
+    bulk_wait();
+  }
+#endif
+}
 
-#pragma unroll 1
-  for (int step = slices; step < 2 * slices; ++step) {
-    cp_async_wait_for<1>();
-    publish();
-    __syncthreads();
-    load(step + 2, free, 2 * slices);
-    const E* t = m.tiles[stage][0];
-    float o[4][4];
-    zero(o);
-    hand_over(o);
-    products_begin();
-    product<E, 0>(o, P_in, kmajor(t + 2 * kTile + half * 32 * 64));
-    product<E, 1>(o, A2.hi, mnmajor(t + kTile + half * 32));
-    product<E, 1>(o, A2.lo, mnmajor(t + kTile + half * 32));
-    products_commit();
-    products_wait<0>();
-    hand_over(o);
-    store_window<E>(rows_of(p.o, c, q_head), o, warp, 0, c.length, (step - slices) * 64 + half * 32);
-    free = stage, stage = stage == kStages - 1 ? 0 : stage + 1;
+template <class E, int GROUPS, int STAGES>
+struct WideValuesShared {
+  alignas(1024) E S[STAGES][2][kTile];
+  E A[STAGES][3][kTile], X[STAGES][GROUPS][kTile], H[2][GROUPS][kTile];
+  uint64_t full[STAGES];
+};
+static_assert(sizeof(WideValuesShared<bf16, 2, 3>) <= 227 * 1024 && sizeof(WideValuesShared<bf16, 1, 4>) <= 227 * 1024);
+
+// GROUPS: warpgroups, 64 dimensions each. boundary: where the states are kept, or nullptr.
+template <class E, int D, int GROUPS, int STAGES>
+__global__ __launch_bounds__(GROUPS * 128, 1) void wide_values_kernel(const __grid_constant__ ForwardParams p, E* boundary, const GateImage<E>* images,
+                                                                      const Scores<E>* scores) {
+#if GSA_HOPPER
+  extern __shared__ __align__(1024) char memory[];
+  auto& m = *reinterpret_cast<WideValuesShared<E, GROUPS, STAGES>*>(memory);
+  constexpr int parts = D / 64 / GROUPS;
+  const int r = p.HQ / p.H, head = blockIdx.x / parts % p.H;
+  const int64_t n = blockIdx.x / parts / p.H;
+  const int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), tid = threadIdx.x % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0);
+  const int row = warp * 16 + frag_row(), first_d = (blockIdx.x % parts * GROUPS + group) * 64;
+  Chunk c;
+  c.seq = sequence<false>(p, n, kChunk);
+  const int chunks = static_cast<int>(c.seq.chunks), steps = chunks * r;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < STAGES; ++i) init(m.full + i, 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
+  __syncthreads();
+
+  float h[8][4];
+  auto each_element = [&](bool broadcast, auto&& f) {
+#pragma unroll
+    for (int t = 0; t < 8; ++t)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int slot = row + (e >> 1) * 8, d = first_d + t * 8 + frag_col() + (e & 1);
+        if (slot < p.M) f(h[t][e], ((broadcast ? 0 : n) * p.H + head) * D * p.M + slot * D + d);
+      }
+  };
+  zero(h);
+  if (const float* in = static_cast<const float*>(p.hv0)) each_element(p.h0_broadcast, [&](float& x, int64_t i) { x = in[i]; });
+
+  // A step: a chunk and query head. Of the first one S and v are for the state, too.
+  auto load = [&](int s) {
+    if (s < steps) {
+      const int stage = s % STAGES;
+      Chunk next = c;
+      next.select(p, s / r, kChunk);
+      if (threadIdx.x == 0) {
+        arrive_expecting(m.full + stage, 5 * kTile * 2);
+        bulk_load(m.S[stage], images[next.slot * p.H + head].S, 2 * kTile * 2, m.full + stage);
+        bulk_load(m.A[stage], scores + next.slot * p.HQ + head * r + s % r, 3 * kTile * 2, m.full + stage);
+      }
+      Rows x = rows_of(p.v, next, head);
+      x.base += first_d;
+      load_tokens<64, 128>(m.X[stage][group], x, next.length, tid);
+    }
+    cp_async_commit();
+  };
+  for (int s = 0; s < STAGES - 1; ++s) load(s);
+  int stage = 0;
+  uint32_t parity = 0;
+  struct Factors {
+    float in[2], out[2];
+  };
+  auto factors_of = [&](int chunk) {
+    const GateImage<E>& image = images[(c.seq.slot + chunk) * p.H + head];
+    return Factors{{image.in[row], image.in[row + 8]}, {image.out[row], image.out[row + 8]}};
+  };
+  Factors next{};
+  if (steps > 0) next = factors_of(0);
+#pragma unroll 1
+  for (int step = 0, chunk = 0; chunk < chunks; ++chunk) {
+    const Factors f = next;
+    if (chunk + 1 < chunks) next = factors_of(chunk + 1);
+    E* const out = m.H[chunk % 2][group];
+    store_transposed<E>(out, h, warp);
+    scale_rows(h, f.in[0], f.in[1]);
+    c.select(p, chunk, kChunk);
+#pragma unroll 1
+    for (int q = 0; q < r; ++q, ++step) {
+      cp_async_wait_for<STAGES - 2>();
+      wait(m.full + stage, parity);
+      publish();
+      __syncthreads();  // `out` is whole, and everybody is done with the stage before this one
+      load(step + STAGES - 1);
+      const E *A = m.A[stage][0], *X = m.X[stage][group];
+      float o[8][4];
+      hand_over(o);
+      hand_over(h);
+      products_begin();
+      product<E, 4, 0, 0>(o, kmajor(A + 2 * kTile), kmajor(out), false);
+      product<E, 4, 0, 1>(o, kmajor(A), mnmajor(X), true);
+      product<E, 4, 0, 1>(o, kmajor(A + kTile), mnmajor(X), true);
+      products_commit();
+      if (q == 0) {
+        product<E, 4, 1, 1>(h, mnmajor(m.S[stage][0]), mnmajor(X), true);
+        product<E, 4, 1, 1>(h, mnmajor(m.S[stage][1]), mnmajor(X), true);
+      }
+      products_commit();
+      if (q == 0 && boundary) store_state<64>(boundary + ((c.slot * p.H + head) * 2 + 1) * int64_t(D) * p.M + first_d * p.M, out, p.M, tid);
+      products_wait<1>();
+      hand_over(o);
+      store_window<E>(rows_of(p.o, c, head * r + q), o, warp, 0, c.length, first_d);
+      products_wait<0>();
+      hand_over(h);
+      if (++stage == STAGES) stage = 0, parity ^= 1;
+    }
+    scale_rows(h, f.out[0], f.out[1]);
+  }
+  if (float* out = static_cast<float*>(p.hvT)) each_element(false, [&](float& x, int64_t i) { out[i] = x; });
 #endif
 }
 
 }  // namespace
 
-void hopper_wide_output(const ForwardParams& p, const void* boundary, const void* images) {
+int64_t hopper_wide_scores_bytes(const Params& p) {
+  return boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, kChunk) * p.HQ * static_cast<int64_t>(sizeof(Scores<half>));
+}
+
+void hopper_wide_output(const ForwardParams& p, const void* boundary, const void* images, void* room) {
   const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, kChunk);
   select_wide(p, [&]<class E, int D>() {
-    launch("hopper_wide_output", wide_output_kernel<E, D>, slots * p.HQ, kWideThreads, sizeof(WideOutputShared<E>), p.stream, p,
-           static_cast<const E*>(boundary), static_cast<const GateImage<E>*>(images));
+    const auto* gates = static_cast<const GateImage<E>*>(images);
+    auto* const scores = static_cast<Scores<E>*>(room);
+    launch("hopper_wide_scores", wide_scores_kernel<E, D>, slots * p.HQ, kWideThreads, sizeof(WideOutputShared<E>), p.stream, p,
+           static_cast<const E*>(boundary), gates, scores);
+    const int64_t blocks = p.N * p.H * (D / 128);
+    auto run = [&]<int GROUPS, int STAGES>() {
+      launch("hopper_wide_values", wide_values_kernel<E, D, GROUPS, STAGES>, blocks * 2 / GROUPS, GROUPS * 128, sizeof(WideValuesShared<E, GROUPS, STAGES>),
+             p.stream, p, static_cast<E*>(p.boundary), gates, scores);
+    };
+    blocks * 10 >= hopper_multiprocessors() * 7 ? run.template operator()<2, 3>() : run.template operator()<1, 4>();
   });
 }
 
