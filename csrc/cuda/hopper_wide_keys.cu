@@ -63,7 +63,7 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_keys_kernel(const __grid
   constexpr int slices = D / 64;
   const int r = p.HQ / p.H, head = blockIdx.x % p.H;
   Chunk c;
-  if (!find_chunk(p, blockIdx.x / p.H, kChunk, c)) return;
+  if (!find_chunk(p, slot_by_time(p, blockIdx.x / p.H, false), kChunk, c)) return;
   const int64_t place_of = c.slot * p.H + head;
   const GateImage<E>& image = w.gates[place_of];
   const WideSaved<E>* const saved = reinterpret_cast<const WideSaved<E>*>(w.saved) + c.slot * p.HQ + head * r;

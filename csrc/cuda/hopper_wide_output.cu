@@ -67,7 +67,7 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_scores_kernel(const __gr
   constexpr int slices = D / 64;
   const int q_head = blockIdx.x % p.HQ, head = q_head / (p.HQ / p.H);
   Chunk c;
-  if (!find_chunk(p, blockIdx.x / p.HQ, kChunk, c)) return;
+  if (!find_chunk(p, slot_by_time(p, blockIdx.x / p.HQ, true), kChunk, c)) return;
   const GateImage<E>& image = images[c.slot * p.H + head];
   const bool cut = image.cut;
   const E* const states = boundary + (c.slot * p.H + head) * 2 * int64_t(D) * p.M;
@@ -164,7 +164,7 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_scores_kernel(const __gr
     store_operand<E>(A[0], A2.hi, warp, half * 32);
     store_operand<E>(A[1], A2.lo, warp, half * 32);
   } else {
-    exact_gates<E>(p, blockIdx.x / p.HQ, head, exact.a, exact.s);
+    exact_gates<E>(p, c.slot, head, exact.a, exact.s);
     store_R(exact.X, x, row, col);
     store_R(exact.O, o1, row, col);
     __syncthreads();

@@ -98,7 +98,7 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_queries_kernel(const __g
   constexpr int slices = D / 64;
   const int q_head = blockIdx.x % p.HQ, head = q_head / (p.HQ / p.H);
   Chunk c;
-  if (!find_chunk(p, blockIdx.x / p.HQ, kChunk, c)) return;
+  if (!find_chunk(p, slot_by_time(p, blockIdx.x / p.HQ, true), kChunk, c)) return;
   GateImage<E>& image = w.gates[c.slot * p.H + head];
   const bool cut = image.cut;
   const E* const states = boundary + (c.slot * p.H + head) * 2 * int64_t(D) * p.M;
@@ -197,7 +197,7 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_queries_kernel(const __g
       }
     times(o, R), times(dp, R);
   } else {
-    exact_gates<E>(p, blockIdx.x / p.HQ, head, exact.a, exact.s);
+    exact_gates<E>(p, c.slot, head, exact.a, exact.s);
     store_R(exact.O, o, row, col);
     store_R(other, dp, row, col);
     __syncthreads();

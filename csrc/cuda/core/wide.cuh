@@ -16,6 +16,12 @@ namespace gsa::cuda::hopper {
 
 constexpr int kWideThreads = 256;
 
+// Blocks by time, then sequence: what a scan over the chunks touched last is in the L2 still, and comes first. The slot of the i-th.
+[[maybe_unused]] __device__ inline int64_t slot_by_time(const Params& p, uint32_t i, bool last_first) {
+  if (p.cu_seqlens) return i;
+  const uint32_t each = static_cast<uint32_t>(p.T / kChunk + 2), count = static_cast<uint32_t>(p.N), chunk = i / count;
+  return int64_t(i % count) * each + (last_first ? each - 1 - chunk : chunk);
+}
 // One cp.async of 16 bytes; valid false: zeros.
 __device__ inline void copy16(uint32_t to, const void* from, bool valid) {
   const int bytes = valid ? 16 : 0;
