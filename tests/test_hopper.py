@@ -62,11 +62,11 @@ def test_gates(dtype, D, M, mode, gate, cuda):
 
 
 @pytest.mark.parametrize("r", [1, 2])
-@pytest.mark.parametrize("kernels,M", [("hopper", 64), ("", 64), ("", 128)])
-def test_small_cotangents_beside_strong_gates(kernels, M, r, cuda, monkeypatch):
+@pytest.mark.parametrize("kernels,D,M", [("hopper", 128, 64), ("", 128, 64), ("", 128, 128), ("", 256, 64)])
+def test_small_cotangents_beside_strong_gates(kernels, D, M, r, cuda, monkeypatch):
     """A mean's cotangents are as small as 2^-30: nothing that they are multiplied with may push them below what a number of 16 bits can hold."""
     monkeypatch.setenv("GSA_KERNELS", kernels)
-    x = make_inputs(2, 200, 2 * r, 2, 128, 128, M, gate="shut", mode="given", dtype=BF16, device=cuda)
+    x = make_inputs(2, 200, 2 * r, 2, D, D, M, gate="shut", mode="given", dtype=BF16, device=cuda)
     leaves = {name: x[name].requires_grad_() for name in "qkvsg"}
     o = chunk_gsa(**x)[0]
     cotangent = torch.randn_like(o)
@@ -104,10 +104,10 @@ def test_wide_gates_beside_narrow_inputs(cuda):
         check(chunk_gsa, make_inputs(1, 70, 2, 1, 64, 64, 16, mode=mode, dtype=BF16, gate_dtype=torch.float32, initial_state=True, device=cuda))
 
 
-@pytest.mark.parametrize("r,M", [(1, 64), (3, 64), (2, 128)])
-def test_same_bits_again_and_at_any_checkpoint_level(r, M, cuda):
+@pytest.mark.parametrize("D,M,r", [(128, 64, 1), (128, 64, 3), (128, 128, 2), (512, 64, 1), (512, 64, 3)])
+def test_same_bits_again_and_at_any_checkpoint_level(D, M, r, cuda):
     for gate in (8.0, 0.1):
-        x = make_inputs(2, 200, 2 * r, 2, 128, 128, M, gate=gate, dtype=BF16, device=cuda, initial_state=True)
+        x = make_inputs(2, 200, 2 * r, 2, D, D, M, gate=gate, dtype=BF16, device=cuda, initial_state=True)
         runs = [testing.results(lambda **y: chunk_gsa(**y, checkpoint_level=level), x) for level in (2, 2, 0)]  # noqa: B023
         for name, other in itertools.product(runs[0], runs[1:]):
             assert torch.equal(runs[0][name], other[name]), name
@@ -152,6 +152,67 @@ def test_strong_gates_in_one_head_of_one_sequence(D, M, r, cuda):
     x["g"][1, 70:, 3, -9:] *= 200
     x["g"][0, 80:, 5, :9] *= 200
     check(chunk_gsa, x)
+
+
+@once
+def test_wide_heads_never_walk(cuda, monkeypatch):
+    x = make_inputs(8, 64, 17, K=256, V=256, dtype=BF16, device=cuda)
+    needed = ("scan_kernel", "wide_scores_kernel", "wide_values_kernel", "wide_queries_kernel", "wide_keys_kernel")
+    for way in ("", "hopper", "parts", "few"):
+        monkeypatch.setenv("GSA_KERNELS", way)
+        names = kernels_of(lambda: testing.results(chunk_gsa, x))
+        assert all(any(kernel in name for name in names) for kernel in needed), way
+
+
+@once
+@pytest.mark.parametrize("gate", ["zero", 8.0, 1.0, 0.1, "mixed", "-40", "-inf", "shut"])
+@pytest.mark.parametrize("mode", ["coupled", "given"])
+@pytest.mark.parametrize("dtype,D,M,r", [(BF16, 256, 64, 1), (BF16, 512, 64, 1), (BF16, 512, 48, 2), (FP16, 256, 48, 2), (FP16, 512, 64, 3)])
+def test_wide_heads(dtype, D, M, r, mode, gate, cuda):
+    check(chunk_gsa, make_inputs(2, 150, 2 * r, 2, D, D, M, mode=mode, gate=gate, dtype=dtype, device=cuda, initial_state=True))
+
+
+@once
+@pytest.mark.parametrize("T", [1, 63, 64, 65, 300])
+@pytest.mark.parametrize("D,M", [(256, 8), (256, 40), (512, 24), (512, 64)])
+def test_lengths_and_slots_of_wide_heads(T, D, M, cuda):
+    check(chunk_gsa, make_inputs(2, T, 2, 2, D, D, M, mode="given", dtype=BF16, device=cuda, initial_state=True))
+
+
+@once
+@pytest.mark.parametrize("r", [1, 2])
+@pytest.mark.parametrize("mode", ["coupled", "given", "abc"])
+@pytest.mark.parametrize("state", [False, True, "broadcast"])
+def test_packed_wide_heads(state, mode, r, cuda):
+    lengths = [0, 1, 40, 0, 0, 64, 17, 130, 0]
+    check(chunk_gsa, make_inputs(lengths=lengths, HQ=2 * r, H=2, K=256, V=256, M=16, mode=mode, gate=1.0, dtype=BF16, device=cuda, initial_state=state))
+
+
+@once
+@pytest.mark.parametrize("r", [1, 3])
+@pytest.mark.parametrize("D", [256, 512])
+def test_wide_heads_with_chunks_of_several_windows_among_others(D, r, cuda):
+    x = make_inputs(4, 200, 16 * r, 16, D, D, 64, mode="given", dtype=BF16, device=cuda, initial_state=True)
+    x["g"][1, 70:, 3] *= 200
+    x["g"][2, 100:130, 5] = -torch.inf
+    check(chunk_gsa, x)
+
+
+@once
+@pytest.mark.parametrize("r", [1, 2])
+def test_pool_of_wide_heads(r, cuda):
+    sizes = {"HQ": 2 * r, "H": 2, "K": 256, "V": 256, "M": 64, "dtype": BF16, "device": cuda}
+    x = make_inputs(lengths=[70, 9, 1, 130, 64], **sizes)
+    pool = make_inputs(8, 1, **sizes, initial_state=True)["initial_state"]
+    where = torch.tensor([6, -1, 0, 3, 5], device=cuda)
+    live = where >= 0
+    tokens = torch.repeat_interleave(live, x["cu_seqlens"].diff())
+    want, final = chunk_gsa(**x, initial_state=tuple(t[where.clamp(min=0)] for t in pool), output_final_state=True)
+    before = tuple(t.clone() for t in pool)
+    o, _ = chunk_gsa(**x, initial_state=pool, state_indices=where)
+    assert torch.equal(o[:, tokens], want[:, tokens]) and o[:, ~tokens].eq(0).all()
+    for new, old, expected in zip(pool, before, final):
+        assert torch.equal(new[where[live]], expected[live]) and torch.equal(new[[1, 2, 4, 7]], old[[1, 2, 4, 7]])
 
 
 def test_slices_of_a_fused_projection(cuda):

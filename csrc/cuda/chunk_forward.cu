@@ -165,7 +165,7 @@ struct HopperPlan {
     cut = images ? arena(hopper_gates_bytes(p), 1) : 0;
     states = cut + (images && walks ? arena(p.N * p.H, 4) : 0);
     products = states + (walks || p.boundary ? 0 : arena(slots * p.H * (p.K + p.V) * p.M, 2));
-    bytes = products + (few ? arena(hopper_products_bytes(p), 1) : 0);
+    bytes = products + (few ? arena(hopper_products_bytes(p), 1) : hopper_wide(p) ? arena(hopper_wide_scores_bytes(p), 1) : 0);
   }
 };
 
@@ -177,8 +177,8 @@ void forward_for_hopper(const ForwardParams& p) {
   hopper_gates(p, images);
   if (!at.walks) {
     void* const states = p.boundary ? p.boundary : images + at.states;
-    hopper_states(p, images, states, products);
-    return hopper_output(p, states, images);
+    hopper_states(p, images, states, products, hopper_wide(p));
+    return hopper_wide(p) ? hopper_wide_output(p, states, images, images + at.products) : hopper_output(p, states, images);
   }
   if (p.boundary) {
     ForwardParams states_only{};

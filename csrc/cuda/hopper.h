@@ -4,8 +4,11 @@
 
 namespace gsa::cuda {
 
-// Whether they take this call: sm_90a, 16-bit inputs, K = V = 64 or 128, M a multiple of 8 up to 128, rows on 16-byte boundaries.
+// Whether they take this call: sm_90a, 16-bit inputs, K = V = 64 or 128 and M a multiple of 8 up to 128, or K = V = 256 or 512 and M up to 64, rows on 16-byte
+// boundaries.
 bool hopper_takes(const Params& p);
+// Of what they take: heads of more than 128 dimensions, which never walk and whose chunks are streamed over (hopper_wide_*.cu).
+inline bool hopper_wide(const Params& p) { return p.K > 128; }
 // Whether the forward walk, a block of which does a whole sequence, does: one bank of slots, enough sequences times query heads for the GPU.
 bool hopper_walks(const Params& p);
 // Whether the backward walk (hopper_fused) does, too: each query head has keys and values of its own.
@@ -19,9 +22,12 @@ void hopper_forward(const ForwardParams& p, void* boundary, const void* images =
 int64_t hopper_gates_bytes(const Params& p);
 void hopper_gates(const Params& p, void* images);
 // After hopper_gates: the boundary states, and the final states that p asks for. products: room for hopper_products_bytes where hopper_few, else nullptr.
-void hopper_states(const ForwardParams& p, const void* images, void* boundary, float* products);
+void hopper_states(const ForwardParams& p, const void* images, void* boundary, float* products, bool keys_only = false);
 // After hopper_states: o.
 void hopper_output(const ForwardParams& p, const void* boundary, const void* images);
+// Where hopper_wide, after the keys' half of hopper_states; room: hopper_wide_scores_bytes.
+void hopper_wide_output(const ForwardParams& p, const void* boundary, const void* images, void* room);
+int64_t hopper_wide_scores_bytes(const Params& p);
 
 // Whether the scans over the chunks (hopper_states, hopper_cotangents) are hopper_few.cu's: few sequences and heads, each with many chunks. Asked for a whole call,
 // forward or backward: the two ways' states differ in their last bits.
@@ -45,6 +51,9 @@ void hopper_cotangents(const BackwardParams& p, const void* boundary, const Back
 void hopper_keys(const BackwardParams& p, const BackwardWorkspace& w);
 void hopper_windows(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w);
 int64_t hopper_windows_blocks(const Params& p);
+// Where hopper_wide, around the same scan: dq is made by the last part, and there is none for chunks of several windows.
+void hopper_wide_queries(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w);
+void hopper_wide_keys(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w);
 
 // What hopper_states and, in reverse, hopper_cotangents are where there is room for products. Where the states begin and end: [N, H, K, M] and [N, H, M, V],
 // nullptr: zero; not wanted.

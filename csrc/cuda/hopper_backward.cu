@@ -20,7 +20,7 @@ struct Plan {
     if (!p.boundary) boundary = take(chunks * (p.K + p.V) * p.M * 2);
     if (hopper_fuses(p)) return;
     gates = take(hopper_gates_bytes(p));
-    saved = take(slots * p.HQ * banks * static_cast<int64_t>(sizeof(hopper::Saved<half>)));
+    saved = take(slots * p.HQ * banks * static_cast<int64_t>(hopper_wide(p) ? sizeof(hopper::WideSaved<half>) : sizeof(hopper::Saved<half>)));
     E0 = take(chunks * banks * 3 * 64 * p.K * 2);
     edge = take(chunks * banks * 2 * p.K * 4);
     if (banks > 1) dx = take(hopper_windows_blocks(p) * 2 * 64 * p.K * 4);
@@ -70,6 +70,12 @@ void hopper_backward(const BackwardParams& whole) {
                               products};
     hopper_gates(p, w.gates);
     if (!p.boundary) hopper_states(states_only, w.gates, boundary, products);
+    if (hopper_wide(p)) {
+      hopper_wide_queries(p, boundary, w);
+      hopper_cotangents(p, boundary, w);
+      hopper_wide_keys(p, boundary, w);
+      continue;
+    }
     hopper_queries(p, boundary, w);
     hopper_cotangents(p, boundary, w);
     hopper_keys(p, w);

@@ -245,6 +245,7 @@ void scan_few(const BackwardParams& p, const ScanEnds& ends, void* boundary, con
 // A step of scan_kernel takes as long with one block as with two on every multiprocessor; here time is traffic, that of P more than all else, and goes with the number
 // of heads. They meet where scan_kernel has a block for every other multiprocessor. Short sequences are over before a second launch pays.
 bool hopper_few(const Params& p) {
+  if (hopper_wide(p)) return false;
   if (const Kernels wanted = wanted_kernels(); wanted == Kernels::few || wanted == Kernels::parts) return wanted == Kernels::few;
   const int64_t blocks = p.N * p.H * banks_of(p) * 2 * (p.K / 64), sequences = p.cu_seqlens ? p.N : 1;  // in a row of T tokens
   return 2 * blocks <= hopper_multiprocessors() && p.T >= 16 * kChunk * sequences;

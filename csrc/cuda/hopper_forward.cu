@@ -255,14 +255,15 @@ bool pairs(const Params& p, const View& x) {
 
 bool hopper_takes(const Params& p) {
   if (!hopper_multiprocessors() || wanted_kernels() == Kernels::portable || p.math == Math::exact) return false;
-  if (!(p.q.dtype == DType::bf16 || p.q.dtype == DType::f16) || p.K != p.V || !(p.K == 64 || p.K == 128) || p.M > 2 * kSlots || p.M % 8) return false;
+  const bool narrow = p.K == 64 || p.K == 128, wide = p.K == 256 || p.K == 512;
+  if (!(p.q.dtype == DType::bf16 || p.q.dtype == DType::f16) || p.K != p.V || !(narrow || wide) || p.M > (narrow ? 2 : 1) * kSlots || p.M % 8) return false;
   return aligned(p.q) && aligned(p.k) && aligned(p.v) && pairs(p, p.g) && pairs(p, p.s);
 }
 
 // With few blocks the parts, which cut a sequence into chunks, use more of the GPU.
 bool hopper_walks(const Params& p) {
   const Kernels wanted = wanted_kernels();
-  if (!hopper_takes(p) || p.M > kSlots || wanted == Kernels::parts || wanted == Kernels::few) return false;
+  if (!hopper_takes(p) || hopper_wide(p) || p.M > kSlots || wanted == Kernels::parts || wanted == Kernels::few) return false;
   const int64_t blocks = p.N * p.HQ, at_once = hopper_multiprocessors();
   return wanted == Kernels::hopper || blocks * 10 >= ceil_div(blocks, at_once) * at_once * 7;
 }

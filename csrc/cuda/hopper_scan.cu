@@ -8,7 +8,7 @@
 //     X: k, v                                                    X: q, d_o
 //
 // S and the two factors come from hopper_gates.cu, Y from hopper_queries.cu: of a chunk of several windows relative to each window's reference, so that here it is made
-// one relative to the chunk's beginning. Tiles come two steps (a chunk and query head) ahead, or five, where there is one block on a multiprocessor. Few sequences and
+// one relative to the chunk's beginning (that of hopper_wide_queries.cu is). Tiles come two steps (a chunk and query head) ahead, or five, where there is one block on a multiprocessor. Few sequences and
 // heads leave most of the GPU idle: hopper_few.cu.
 #include "core/hopper.cuh"
 #include "core/select.cuh"
@@ -30,15 +30,16 @@ static_assert(sizeof(ScanShared<bf16, 3>) <= 113 * 1024 && sizeof(ScanShared<bf1
 
 template <class E, int D, bool reverse, int STAGES>
 __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ ScanEnds ends,
-                                                                             E* boundary, const __grid_constant__ Backward<E> w) {
+                                                                             E* boundary, const __grid_constant__ Backward<E> w, int sides) {
 #if GSA_HOPPER
   extern __shared__ __align__(1024) char memory[];
   auto& m = *reinterpret_cast<ScanShared<E, STAGES>*>(memory);
   constexpr int slices = D / 64;
+  using Left = std::conditional_t<(D > 128), WideSaved<E>, Saved<E>>;
   const int banks = banks_of(p), heads = p.H * banks;  // of key/value heads and their banks
-  const int r = reverse ? p.HQ / p.H : 1, slice = blockIdx.x % slices, side = blockIdx.x / slices % 2, id = blockIdx.x / (2 * slices) % heads;
+  const int r = reverse ? p.HQ / p.H : 1, slice = blockIdx.x % slices, side = blockIdx.x / slices % sides, id = blockIdx.x / (sides * slices) % heads;
   const int head = id / banks, bank = id % banks;
-  const int64_t n = blockIdx.x / (2 * slices) / heads;
+  const int64_t n = blockIdx.x / (sides * slices) / heads;
   Chunk c;
   c.seq = sequence<false>(p, n, kChunk);
   const int chunks = static_cast<int>(c.seq.chunks);
@@ -73,7 +74,7 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
       const int64_t x_head = reverse ? head * r + s % r : head;
       if (threadIdx.x == 0) {
         arrive_expecting(m.full + stage, 2 * kTile * 2);
-        const E* from = reverse ? w.saved[(next.slot * p.HQ + x_head) * banks + bank].Y[side][0] : w.gates[next.slot * heads + id].S[0];
+        const E* from = reverse ? reinterpret_cast<const Left*>(w.saved)[(next.slot * p.HQ + x_head) * banks + bank].Y[side][0] : w.gates[next.slot * heads + id].S[0];
         bulk_load(m.Y[stage], from, 2 * kTile * 2, m.full + stage);
       }
       Rows x = rows_of(reverse ? side ? p.d_o : p.q : side ? p.v : p.k, next, x_head);
@@ -130,7 +131,7 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
           for (int e = 0; e < 4; ++e) before[t][e] = copy(h[t][e]);
         if (f.cut) scale_rows(h, f.in[0], f.in[1]);
       }
-      if (reverse && f.cut) from_the_beginning(m.Y[stage], w.gates[at].R, c.seq.length() - chunk_of(first) * int64_t(kChunk));
+      if (reverse && D <= 128 && f.cut) from_the_beginning(m.Y[stage], w.gates[at].R, c.seq.length() - chunk_of(first) * int64_t(kChunk));
       hand_over(h);
       products_begin();
       product<E, 4, 1, 1>(h, mnmajor(m.Y[stage][0]), mnmajor(m.X[stage]), true);
@@ -170,24 +171,26 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
 }
 
 template <bool reverse>
-void scan(const BackwardParams& p, const ScanEnds& ends, void* boundary, const BackwardWorkspace& w) {
+void scan(const BackwardParams& p, const ScanEnds& ends, void* boundary, const BackwardWorkspace& w, int sides = 2) {
   if (w.products) return hopper_scan_few(p, reverse, ends, boundary, w);
-  select_hopper(p, [&]<class E, int D>() {
-    const int64_t blocks = p.N * p.H * banks_of(p) * 2 * (D / 64);
+  auto for_size = [&]<class E, int D>() {
+    const int64_t blocks = p.N * p.H * banks_of(p) * sides * (D / 64);
     auto run = [&]<int STAGES>() {
       launch(reverse ? "hopper_cotangents" : "hopper_states", scan_kernel<E, D, reverse, STAGES>, blocks, kThreads, sizeof(ScanShared<E, STAGES>), p.stream, p,
-             ends, static_cast<E*>(boundary), Backward<E>(w));
+             ends, static_cast<E*>(boundary), Backward<E>(w), sides);
     };
     blocks > hopper_multiprocessors() ? run.template operator()<3>() : run.template operator()<6>();
-  });
+  };
+  hopper_wide(p) ? select_wide(p, for_size) : select_hopper(p, for_size);
 }
 
 }  // namespace
 
-void hopper_states(const ForwardParams& p, const void* images, void* boundary, float* products) {
+void hopper_states(const ForwardParams& p, const void* images, void* boundary, float* products, bool keys_only) {
   BackwardParams b{};
   static_cast<Params&>(b) = p;
-  scan<false>(b, {{p.hk0, p.hv0}, {p.hkT, p.hvT}, p.h0_broadcast}, boundary, {const_cast<void*>(images), nullptr, nullptr, nullptr, nullptr, products});
+  scan<false>(b, {{p.hk0, p.hv0}, {p.hkT, p.hvT}, p.h0_broadcast}, boundary, {const_cast<void*>(images), nullptr, nullptr, nullptr, nullptr, products},
+              keys_only ? 1 : 2);
 }
 
 void hopper_cotangents(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w) {

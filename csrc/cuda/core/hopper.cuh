@@ -861,6 +861,14 @@ struct Saved {
   E Y[2][2][kTile];                                        // [keys, values][rounded, what rounding dropped]: a cotangent's tile as products read it
   float e[kTile];                                          // o1 do1 + p dp without the diagonal, as accumulators lie: [column / 8][thread of a warpgroup][4]
 };
+// The same for heads of more than 128 dimensions, where hopper_wide_queries.cu has done more of it. Of a chunk of several windows Y is relative to the chunk's beginning.
+template <class E>
+struct WideSaved {
+  E Y[2][2][kTile];
+  E A[4][kTile];                                           // tril(Yv S^T) in two parts; tril(Yk S^T); Yk exp(ref)
+  float T[kTile];                                          // e - S inner, as accumulators lie
+  float U[kTile];                                          // (inner + diagonal of (B A^T) Y) / R: ds without what comes from after the chunk
+};
 // The workspace of backward (hopper.h), typed. Counted in boundary slots.
 template <class E>
 struct Backward {
@@ -946,7 +954,12 @@ __device__ inline typename Arith<E>::template Op<64> triangle_of_ones(int warp) 
   return a;
 }
 
-// The types and sizes that the kernels are made for (hopper_takes).
+// The types and sizes that the kernels are made for (hopper_takes); those up to 128 dimensions, and those of more (hopper_wide).
+template <class F>
+void select_wide(const Params& p, F&& f) {
+  if (p.q.dtype == DType::bf16) p.K == 512 ? f.template operator()<bf16, 512>() : f.template operator()<bf16, 256>();
+  else p.K == 512 ? f.template operator()<half, 512>() : f.template operator()<half, 256>();
+}
 template <class F>
 void select_hopper(const Params& p, F&& f) {
   if (p.q.dtype == DType::bf16) p.K == 128 ? f.template operator()<bf16, 128>() : f.template operator()<bf16, 64>();
