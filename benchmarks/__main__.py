@@ -3,7 +3,16 @@
 Calls alternate between the contestants, on inputs that rotate through more memory than the caches hold; medians are printed. The floor is the time
 to read every input once and write every output once (k, v and g once per key/value head) at the copy bandwidth measured between the same calls. The
 results that are timed are compared with fp64 in the same run. Ratios of one run are what counts: figures move by a tenth from run to run.
-Decoding has a benchmark of its own: python -m benchmarks.step.
+
+Memory (CUDA): the most that was allocated during a call, less what was allocated before it (inputs, cotangent, kernels' lasting buffers): "beyond inputs".
+Less the bytes of the gradients of all inputs as well: "beyond inputs and gradients", what a training step needs more than it must; the output, and what is
+kept for backward, count. The peer's inputs and gradients are its own, with k, v, s and g at the width of the query heads. "level 0" and "level 1" are ours
+with that checkpoint_level, the others have the default, 2.
+
+fp32 inputs on CUDA: torch's default is fp32 arithmetic; ``--tf32`` sets torch.backends.cuda.matmul.allow_tf32, which is what ours goes by. The peer's
+Triton kernels multiply fp32 inputs in TF32 either way. Errors then have to be below 3e-3, as in the tests. cuDNN attention has no fp32.
+
+Packed, sliced and short inputs: benchmarks.edges; decoding: benchmarks.step.
 """
 
 from __future__ import annotations
@@ -17,18 +26,16 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from importlib import metadata
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from benchmarks.peer import PEER, fla, peer_version
 from gsa_ext import chunk_gsa, testing
 from gsa_ext.cli.info import facts
-
-PEER = "flash-linear-attention"
 
 
 class Shape(NamedTuple):
@@ -59,11 +66,13 @@ def main() -> int:
     parser.add_argument("--dtypes", nargs="+", default=None, help="default: bfloat16 on CUDA, float32 and bfloat16 on the CPU")
     parser.add_argument("--quick", action="store_true", help="the first shapes only")
     parser.add_argument("--no-peers", action="store_true", help="ours and the floor only")
-    parser.add_argument("--peer-errors", action="store_true", help=f"also the errors of {PEER} against fp64 (may set off its autotuning: minutes)")
+    parser.add_argument("--tf32", action="store_true", help="allow TF32 for fp32 inputs on CUDA")
+    parser.add_argument("--turn", type=float, default=3.0, help="seconds of measuring for each row")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="where the JSON and the plot go")
     args = parser.parse_args()
     device = torch.device(args.device)
     cuda = device.type == "cuda"
+    torch.backends.cuda.matmul.allow_tf32 = args.tf32
 
     shapes = [tuple(map(int, s.split(","))) for s in args.shapes] if args.shapes else (GPU if cuda else CPU)
     shapes = shapes[: 4 if cuda else 3] if args.quick else shapes
@@ -78,7 +87,7 @@ def main() -> int:
     stem = args.out / f"{device.type}-{time.strftime('%Y%m%d-%H%M%S')}"
     for dtype in dtypes:
         for numbers in shapes:
-            rows += sequence(Shape(*numbers, dtype), device, not args.no_peers, args.peer_errors)
+            rows += sequence(Shape(*numbers, dtype), device, not args.no_peers, args.turn)
             stem.with_suffix(".json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     plot(rows, about, stem.with_suffix(".png"))
     print(f"\nwritten: {stem}.json, {stem}.png")
@@ -89,26 +98,6 @@ def main() -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------- contestants
-
-
-def fla() -> Any:
-    try:
-        import fla.ops.gsa
-
-        return fla.ops.gsa
-    except ImportError:
-        return None
-
-
-def peer_version() -> str:
-    if fla() is None:
-        return f"{PEER}: absent (pip install '.[bench]')"
-    for name in (PEER, "fla-core"):
-        try:
-            return f"{PEER} {metadata.version(name)}"
-        except metadata.PackageNotFoundError:
-            pass
-    return f"{PEER} {sys.modules['fla'].__version__}"
 
 
 class Contestant(NamedTuple):
@@ -132,8 +121,10 @@ def kernels(name: str) -> Iterator[None]:
             os.environ["GSA_KERNELS"] = before
 
 
-def contestants(shape: Shape, device: torch.device, sets: int, peers: bool) -> tuple[list[Contestant], list[str]]:
-    """Who can run this shape, and a note on each who cannot."""
+def contestants(shape: Shape, device: torch.device, peers: bool, names: Collection[str] | None = None) -> tuple[list[Contestant], list[str]]:
+    """Who can run this shape (of these names), and a note on each who cannot."""
+    cuda = device.type == "cuda"
+    sets = min(8, max(2, math.ceil(256e6 / traffic(shape)["forward"]))) if cuda else 2
     inputs = [make(shape, device, seed) for seed in range(sets)]
     r, found, notes = shape.HQ // shape.H, [], []
 
@@ -144,37 +135,42 @@ def contestants(shape: Shape, device: torch.device, sets: int, peers: bool) -> t
             out.append([(t.transpose(1, 2).contiguous() if heads_first else t).detach().requires_grad_() for t in tensors])
         return out
 
-    found.append(Contestant("ours", lambda q, k, v, g: chunk_gsa(q, k, v, None, g)[0], leaves("qkvg")))
+    def add(name: str, forward: Callable[..., torch.Tensor], of: Callable[[], list[list[torch.Tensor]]], which: str = "", may_refuse: bool = False) -> None:
+        if names is not None and name not in names:
+            return
+        c = Contestant(name, forward, of(), which)
+        if may_refuse:
+            try:
+                passes(c, True)(0)
+            except Exception as error:  # each has its own
+                notes.append(f"{name} refuses: {str(error).partition(chr(10))[0]}")
+                return
+        found.append(c)
+
+    add("ours", lambda q, k, v, g: chunk_gsa(q, k, v, None, g)[0], lambda: leaves("qkvg"))
     if not peers:
         return found, notes
-    if device.type == "cuda":
+    if cuda:
         for x in inputs:
             x["s"] = -torch.expm1(x["g"].float()).to(x["g"])
         given = leaves("qkvsg")  # s too: as the peer needs it
-        found.append(Contestant("ours, s given", lambda q, k, v, s, g: chunk_gsa(q, k, v, s, g)[0], given))
-        found.append(Contestant("states kept, s given", lambda q, k, v, s, g: chunk_gsa(q, k, v, s, g, checkpoint_level=1)[0], given))
-        found.append(Contestant("portable, s given", lambda q, k, v, s, g: chunk_gsa(q, k, v, s, g)[0], given, "portable"))
+        for level, name in ((2, "ours"), (1, "level 1"), (0, "level 0")):
+            add(f"{name}, s given", lambda q, k, v, s, g, level=level: chunk_gsa(q, k, v, s, g, checkpoint_level=level)[0], lambda: given)
+        add("portable, s given", lambda q, k, v, s, g: chunk_gsa(q, k, v, s, g)[0], lambda: given, "portable")
         if fla() is not None:
-            # it wants k, v, s and g repeated to the query heads; that is done beforehand and not timed
-            found.append(Contestant("fla", lambda q, k, v, s, g: fla().chunk_gsa(q, k, v, s, g, scale=shape.D**-0.5)[0], leaves("qkvsg", wide=True)))
+            # it repeats k, v, s and g to the query heads; that is done beforehand and not timed
+            theirs = lambda q, k, v, s, g: fla().chunk_gsa(q, k, v, s, g, scale=shape.D**-0.5)[0]  # noqa: E731
+            add("fla", theirs, lambda: leaves("qkvsg", wide=True), may_refuse=True)
         else:
             notes.append(f"{PEER} is absent")
     if shape.D <= 256:
-        wide = leaves("qkv", wide=True, heads_first=True)
-        if device.type == "cpu":
-            found.append(Contestant("sdpa", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), wide))
-        else:
-            from torch.nn.attention import SDPBackend, sdpa_kernel
+        from torch.nn.attention import SDPBackend, sdpa_kernel
 
-            def cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-                with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if cuda else contextlib.nullcontext():
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-            try:
-                cudnn(*wide[0])
-                found.append(Contestant("cudnn", cudnn, wide))
-            except RuntimeError as error:
-                notes.append(f"cuDNN attention refuses: {str(error).splitlines()[0]}")
+        add("cudnn" if cuda else "sdpa", attention, lambda: leaves("qkv", wide=True, heads_first=True), may_refuse=cuda)
     return found, notes
 
 
@@ -190,6 +186,39 @@ def make(shape: Shape, device: torch.device, seed: int) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------- measuring
+
+
+def passes(c: Contestant, train: bool) -> Callable[[int], Any]:
+    """A call of ``c`` on the inputs whose turn it is: forward alone, or with backward; returns the gradients."""
+    cotangent = torch.randn_like(c.leaves[0][0])  # o has the shape of q
+
+    def call(turn: int) -> Any:
+        leaves = c.leaves[turn % len(c.leaves)]
+        with kernels(c.kernels) if c.kernels else contextlib.nullcontext(), torch.set_grad_enabled(train):
+            o = c.forward(*leaves)
+            return torch.autograd.grad(o, leaves, cotangent) if train else None
+
+    return call
+
+
+def traffic(shape: Shape) -> dict[str, int]:
+    """Bytes of the floor: every input read once and every output written once, forward, and forward and backward."""
+    B, T, HQ, H, D, M, dtype = shape
+    width = getattr(torch, dtype).itemsize
+    q, kv, g = (B * T * n * width for n in (HQ * D, 2 * H * D, H * M))
+    return {"forward": 2 * q + kv + g, "forward+backward": (2 * q + kv + g) + (3 * q + 2 * kv + 2 * g)}
+
+
+def peak(call: Callable[[int], Any]) -> tuple[float, float]:
+    """MiB at the peak of a call on a GPU beyond what was allocated before it, and the same less the gradients that it returns."""
+    call(0)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    gradients = call(0) or ()
+    torch.cuda.synchronize()
+    beyond = torch.cuda.max_memory_allocated() - before
+    return beyond / 2**20, (beyond - sum(x.numel() * x.element_size() for x in gradients)) / 2**20
 
 
 def several(call: Callable[[int], Any], times: int, cuda: bool) -> Callable[[int], Any]:
@@ -215,6 +244,11 @@ def several(call: Callable[[int], Any], times: int, cuda: bool) -> Callable[[int
 
 def alternate(calls: dict[str, Callable[[int], Any]], cuda: bool, seconds: float) -> dict[str, float]:
     """Median ms of each call, called in turns with the number of the turn."""
+    return {name: statistics.median(values) for name, values in turns(calls, cuda, seconds).items()}
+
+
+def turns(calls: dict[str, Callable[[int], Any]], cuda: bool, seconds: float) -> dict[str, list[float]]:
+    """ms of each call in each turn."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     began = time.perf_counter()
     turn = -2 if cuda else -1  # turns to warm up
@@ -236,7 +270,7 @@ def alternate(calls: dict[str, Callable[[int], Any]], cuda: bool, seconds: float
         turn += 1
         if turn >= 1 and time.perf_counter() - began > 20 * seconds:  # one turn of something very slow
             break
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
 
 
 def copier(device: torch.device) -> tuple[Callable[[int], Any], int]:
@@ -247,47 +281,24 @@ def copier(device: torch.device) -> tuple[Callable[[int], Any], int]:
     return lambda turn: b.copy_(a), 2 * size
 
 
-def sequence(shape: Shape, device: torch.device, peers: bool, peer_errors: bool) -> list[dict[str, Any]]:
+def sequence(shape: Shape, device: torch.device, peers: bool, seconds: float) -> list[dict[str, Any]]:
     """Forward, and forward with backward, of one shape."""
     cuda = device.type == "cuda"
-    B, T, HQ, H, D, M, dtype = shape
-    width = getattr(torch, dtype).itemsize
-    q, kv, g = (B * T * n * width for n in (HQ * D, 2 * H * D, H * M))
-    floor_bytes = {"forward": 2 * q + kv + g, "forward+backward": (2 * q + kv + g) + (3 * q + 2 * kv + 2 * g)}
-    sets = min(8, max(2, math.ceil(256e6 / (q + kv + g)))) if cuda else 2
-    entries, notes = contestants(shape, device, sets, peers)
+    entries, notes = contestants(shape, device, peers)
     print(f"{shape} ...", file=sys.stderr, flush=True)
-    errors, correct = accuracy(shape, device, [c.name for c in entries] if peer_errors else [])
+    errors, correct = accuracy(shape, device)
     copy, copied = copier(device)
     rows = []
-    for what in ("forward", "forward+backward"):
-        calls: dict[str, Callable[[int], Any]] = {}
-        memory = {}
-        for c in entries:
-            cotangents = [torch.randn_like(c.forward(*c.leaves[0]))]
-
-            def call(turn: int, c: Contestant = c, cotangents: list[torch.Tensor] = cotangents, train: bool = what != "forward") -> None:
-                leaves = c.leaves[turn % len(c.leaves)]
-                with kernels(c.kernels), torch.set_grad_enabled(train):
-                    o = c.forward(*leaves)
-                    if train:
-                        torch.autograd.grad(o, leaves, cotangents)
-
-            calls[c.name] = call
-            if cuda:
-                call(0)
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-                call(0)
-                torch.cuda.synchronize()
-                memory[c.name] = (torch.cuda.max_memory_allocated() - before) / 2**20
-        ms = alternate({**calls, "copy": copy}, cuda, 3.0)
+    for what, nbytes in traffic(shape).items():
+        calls = {c.name: passes(c, what != "forward") for c in entries}
+        memory = {name: peak(call) for name, call in calls.items()} if cuda else {}
+        ms = alternate({**calls, "copy": copy}, cuda, seconds)
         bandwidth = copied / ms.pop("copy") * 1e3
-        floor = floor_bytes[what] / bandwidth * 1e3
+        floor = nbytes / bandwidth * 1e3
         row = {
             "shape": str(shape), **shape._asdict(), "what": what, "ms": ms, "floor_ms": floor, "copy_GBps": bandwidth / 1e9,
-            "GBps": floor_bytes[what] / ms["ours"] / 1e6, "percent_of_floor": 100 * floor / ms["ours"], "peak_MiB": memory,
+            "GBps": nbytes / ms["ours"] / 1e6, "percent_of_floor": 100 * floor / ms["ours"],
+            "peak_MiB": {name: beyond for name, (beyond, _) in memory.items()}, "peak_MiB_beyond_gradients": {name: less for name, (_, less) in memory.items()},
             "speedup": {name: value / ms["ours"] for name, value in ms.items() if name != "ours"},
             "errors": errors, "correct": correct, "notes": notes,
         }  # fmt: skip
@@ -296,21 +307,18 @@ def sequence(shape: Shape, device: torch.device, peers: bool, peer_errors: bool)
     return rows
 
 
-def accuracy(shape: Shape, device: torch.device, names: list[str]) -> tuple[dict[str, dict[str, float]], bool]:
+def accuracy(shape: Shape, device: torch.device) -> tuple[dict[str, dict[str, float]], bool]:
     """Errors against fp64 over 512 tokens, outputs and gradients: ours (the kernels for Hopper where there are any, and the portable ones) on one
-    key/value head, to be within tolerance; the peer's are reported."""
+    key/value head, to be within tolerance."""
     x = testing.make_inputs(1, min(shape.T, 512), shape.HQ // shape.H, 1, shape.D, shape.D, shape.M, dtype=getattr(torch, shape.dtype), device=device)
+    tf32 = shape.dtype == "float32" and device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    allowed = dict.fromkeys(("o", "hk", "hv", "dq", "dk", "dv", "dg"), 3e-3) if tf32 else None
     errors, correct = {}, True
     for name in ("hopper", "portable") if device.type == "cuda" else ("",):  # which runs by itself depends on the number of heads
         with kernels(name):
-            rows = testing.compare(chunk_gsa, x)
+            rows = testing.compare(chunk_gsa, x, allowed=allowed)
         errors["ours" if name != "portable" else name] = {row.name: row.error for row in rows}
         correct &= all(row.ok for row in rows)
-    if "fla" in names and shape.HQ == shape.H:  # with the heads that it is timed with: its kernels are tuned for each number of heads
-        x = testing.make_inputs(1, min(shape.T, 512), shape.HQ, None, shape.D, shape.D, shape.M, dtype=getattr(torch, shape.dtype), device=device)
-        x["s"], x["scale"] = -torch.expm1(x["g"].float()).to(x["g"]), shape.D**-0.5
-        truth, got = testing.results(testing.vectorised_gsa, x, double=True), testing.results(fla().chunk_gsa, x)
-        errors["fla"] = {name: testing.error(got[name], truth[name]) for name in ("o", "dq", "dk", "dv", "ds", "dg")}
     return errors, correct
 
 
@@ -320,10 +328,11 @@ def accuracy(shape: Shape, device: torch.device, names: list[str]) -> tuple[dict
 def show(row: dict[str, Any]) -> None:
     line = "  ".join(f"{name} {ms:.3f}" for name, ms in row["ms"].items())
     ratios = "  ".join(f"{value:.2f}x {name}" for name, value in row["speedup"].items())
-    memory = "  ".join(f"{name} {value:.0f}" for name, value in row["peak_MiB"].items())
+    less = row["peak_MiB_beyond_gradients"]
+    memory = "  ".join(f"{name} {value:.0f}" + (f" ({less[name]:.0f})" if less[name] != value else "") for name, value in row["peak_MiB"].items())
     worst = "  ".join(f"{who} o {e['o']:.1e} worst {max(e, key=e.__getitem__)} {max(e.values()):.1e}" for who, e in row["errors"].items())
     print(f"{row['shape']:<36} {row['what']:<17} ms: {line}  floor {row['floor_ms']:.3f} (copy {row['copy_GBps']:.0f} GB/s)")
-    more = ("; speed: " + ratios if ratios else "") + ("; MiB: " + memory if memory else "")
+    more = ("; speed: " + ratios if ratios else "") + ("; MiB beyond inputs (and gradients): " + memory if memory else "")
     print(f"{'':<54} ours: {row['GBps']:.0f} GB/s, {row['percent_of_floor']:.0f} % of floor{more}")
     print(f"{'':<54} error: {worst}{'' if row['correct'] else '  WRONG'}{'; ' + '; '.join(row['notes']) if row['notes'] else ''}", flush=True)
 

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.__main__ import Shape, alternate, bars, copier, fla, make, peer_version, several
+from benchmarks.__main__ import Shape, alternate, bars, copier, make, several
+from benchmarks.peer import fla, peer_version
 from benchmarks.report import Report
 from gsa_ext import gsa_step, testing
 
