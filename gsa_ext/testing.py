@@ -215,22 +215,24 @@ def vectorised_gsa(
     return o.flip(1) if reverse else o, final if output_final_state else None
 
 
-def results(op: Op, x: Inputs, *, gradients: bool = True, double: bool = False, seed: int = 1) -> dict[str, Tensor]:
+def results(
+    op: Op, x: Inputs, *, gradients: bool = True, double: bool = False, seed: int = 1, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
     """Outputs o, hk, hv (and z), and with `gradients` the gradient of every tensor argument (dq, ..., dhk0, ...) for one fixed random cotangent.
 
-    `double` runs `op` on the same values in fp64 on the CPU.
+    `double` runs `op` on the same values in fp64 on `device`.
     """
     names = [name for name in ("q", "k", "v", "s", "g") if x.get(name) is not None]
     state = x.get("initial_state") or ()
     leaves = dict(zip([*names, "hk0", "hv0", "z0"], [*(x[name] for name in names), *state]))
     if double:
-        leaves = {name: t.detach().double().cpu() for name, t in leaves.items()}
+        leaves = {name: t.detach().double().to(device) for name, t in leaves.items()}
     leaves = {name: t.detach().requires_grad_(gradients) for name, t in leaves.items()}
     arguments = {**x, **{name: leaves[name] for name in names}}
     if state:
         arguments["initial_state"] = tuple(leaves[name] for name in ("hk0", "hv0", "z0") if name in leaves)
     if double and x.get("cu_seqlens") is not None:
-        arguments["cu_seqlens"] = x["cu_seqlens"].cpu()
+        arguments["cu_seqlens"] = x["cu_seqlens"].to(device)
     with torch.set_grad_enabled(gradients):
         o, final = op(**arguments, output_final_state=True)
     out = dict(zip(("o", "hk", "hv", "z"), (o, *(final or ()))))
@@ -257,7 +259,8 @@ def error(got: Tensor, want: Tensor, terms: float = 0.0) -> float:
 
     `terms` is the norm of what `want` is a sum of; where the sum vanishes altogether, the error is relative to that.
     """
-    got, want = got.detach().double().cpu(), want.detach().double().cpu()
+    want = want.detach().double()
+    got = got.detach().double().to(want.device)
     if got.shape != want.shape:
         raise AssertionError(f"expected shape {tuple(want.shape)}, given {tuple(got.shape)}")
     finite = want.isfinite()
