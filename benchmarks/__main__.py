@@ -12,7 +12,7 @@ with that checkpoint_level, the others have the default, 2.
 fp32 inputs on CUDA: torch's default is fp32 arithmetic; ``--tf32`` sets torch.backends.cuda.matmul.allow_tf32, which is what ours goes by. The peer's
 Triton kernels multiply fp32 inputs in TF32 either way. Errors then have to be below 3e-3, as in the tests. cuDNN attention has no fp32.
 
-Accuracy beside the peer: python -m benchmarks.accuracy; packed, sliced and short inputs: benchmarks.edges; decoding:
+Accuracy beside the peer: python -m benchmarks.accuracy; time against T: benchmarks.lengths; packed, sliced and short inputs: benchmarks.edges; decoding:
 benchmarks.step.
 """
 

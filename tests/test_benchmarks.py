@@ -64,3 +64,12 @@ def test_heads_repeated_for_the_peer(monkeypatch):
     assert set(want) == set(got)
     for name in want:
         assert testing.error(got[name], want[name]) < 1e-5, name
+
+
+def test_lengths(run):
+    rows, told, plots = run("lengths", "--device", "cpu", "--heads", "4,2", "2,2", "--dims", "16,8", "--lengths", "32", "64", "1024", "--turn", "0",
+                            "--limit", "1e-3")
+    assert [(row["T"], row["HQ"]) for row in rows] == [(T, HQ) for HQ in (4, 2) for T in (32, 64, 1024)] and plots
+    for row in rows:
+        assert set(row["ms"]) == ({"ours", "SDPA", "floor"} if row["T"] < 1024 else {"floor"}) and len(row["notes"]) == (0 if row["T"] < 1024 else 2)
+    assert "ours not run" in told
