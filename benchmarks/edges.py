@@ -2,14 +2,17 @@
 
     python -m benchmarks.edges [--device cuda] [--out benchmarks/results]
 
-"packed" is 32 random lengths in 64 Ki tokens, "equal" the same tokens as 32 sequences of 2048, both packed. "slices" reads q, k and v out of one tensor
-[B, T, (HQ + 2 H) D], "whole" out of three. Short sequences say how many kernels a call launches and how long the GPU works in them (a profile), beside the time
-of a call. The first call is the first of a process, less the fastest of those that follow it, torch and CUDA being up.
+"packed" is 32 random lengths in 64 Ki tokens, beside the same tokens as 32 sequences of 2048, packed too. "slices" reads q, k and v out of one tensor
+[B, T, (HQ + 2 H) D], beside three. On a GPU these are times of the GPU: a call is one of two in a CUDA graph, so that 0.3 ms of kernels do not wait for
+Python. The two take turns; a ratio is the median, over the turns, of one's time by the other's in the same turn, with its quartiles. Short sequences say
+how many kernels a call launches and how long the GPU works in them (a profile), beside the time of a call issued from Python. The first call is the first
+of a process, less the fastest of those that follow it, torch and CUDA being up.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.__main__ import Shape, alternate, make
+from benchmarks.__main__ import Contestant, Shape, alternate, make, passes, several, turns
 from benchmarks.report import Report
 from gsa_ext import chunk_gsa
 
@@ -33,7 +36,7 @@ def main() -> int:
     with Report(args.out, "edges", device.type, 0, None) as report:
 
         def add(row: dict[str, Any]) -> None:
-            print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()), flush=True)
+            print("  ".join(f"{key} {told(value)}" for key, value in row.items()), flush=True)
             report.add(row)
 
         add(first_call(Shape(1, 512 if cuda else 64, HQ, H, D, M, dtype), device))
@@ -45,23 +48,19 @@ def main() -> int:
     return 0
 
 
-def passes(x: dict[str, Any], **more: Any) -> dict[str, Callable[[int], Any]]:
+def told(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else " to ".join(map(told, value)) if isinstance(value, list) else str(value)
+
+
+def ours(x: dict[str, Any], **more: Any) -> dict[str, Callable[[int], Any]]:
     """Forward alone, and forward and backward, of q, k, v, g."""
     leaves = [x[name].detach().requires_grad_() for name in "qkvg"]
-    cotangent = torch.randn_like(x["q"])
-
-    def op() -> torch.Tensor:
-        return chunk_gsa(leaves[0], leaves[1], leaves[2], None, leaves[3], **more)[0]
-
-    def forward(turn: int) -> None:
-        with torch.no_grad():
-            op()
-
-    return {"forward": forward, "both": lambda turn: torch.autograd.grad(op(), leaves, cotangent)}
+    c = Contestant("ours", lambda q, k, v, g: chunk_gsa(q, k, v, None, g, **more)[0], [leaves])
+    return {"forward": passes(c, False), "both": passes(c, True)}
 
 
 def first_call(shape: Shape, device: torch.device) -> dict[str, Any]:
-    both, times = passes(make(shape, device, 0))["both"], []
+    both, times = ours(make(shape, device, 0))["both"], []
     x = torch.randn(8, device=device, requires_grad=True)
     torch.autograd.grad(x.square(), x, torch.ones_like(x))  # autograd's threads, and what torch imports (sympy) to look at a cotangent it is given
     for turn in range(4):
@@ -76,7 +75,7 @@ def first_call(shape: Shape, device: torch.device) -> dict[str, Any]:
 
 
 def short(shape: Shape, device: torch.device) -> dict[str, Any]:
-    calls, cuda = passes(make(shape, device, 0)), device.type == "cuda"
+    calls, cuda = ours(make(shape, device, 0)), device.type == "cuda"
     row: dict[str, Any] = {"what": "short", "shape": str(shape), **{f"{name}_ms": ms for name, ms in alternate(calls, cuda, 0.5).items()}}
     for name, call in calls.items() if cuda else ():
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -92,7 +91,7 @@ def packed(shape: Shape, device: torch.device) -> dict[str, Any]:
     cuts = torch.randperm(shape.T - 1, generator=torch.Generator().manual_seed(0))[: count - 1].sort().values + 1
     random = torch.cat([torch.tensor([0]), cuts, torch.tensor([shape.T])])
     equal = torch.arange(0, shape.T + 1, shape.T // count)
-    return compare("packed", shape, device, *(passes(x, cu_seqlens=bounds.to(device, torch.int32)) for bounds in (random, equal)))
+    return compare("packed", shape, device, *(ours(x, cu_seqlens=bounds.to(device, torch.int32)) for bounds in (random, equal)))
 
 
 def slices(shape: Shape, device: torch.device) -> dict[str, Any]:
@@ -100,15 +99,19 @@ def slices(shape: Shape, device: torch.device) -> dict[str, Any]:
     fused = torch.cat([x[name].flatten(2) for name in "qkv"], -1)
     sizes = [shape.HQ * shape.D, shape.H * shape.D, shape.H * shape.D]
     views = {name: part.unflatten(-1, (-1, shape.D)) for name, part in zip("qkv", fused.split(sizes, -1), strict=True)}
-    return compare("slices", shape, device, passes({**x, **views}), passes(x))
+    return compare("slices", shape, device, ours({**x, **views}), ours(x))
 
 
 def compare(what: str, shape: Shape, device: torch.device, these: dict[str, Any], those: dict[str, Any]) -> dict[str, Any]:
-    """Times of both, in turns, and their ratio."""
-    calls = {f"{name}{end}": call for name in these for end, call in (("", these[name]), ("_else", those[name]))}
-    times = alternate(calls, device.type == "cuda", 1.0)
-    ratios = {f"{name}_ratio": times[name] / times[f"{name}_else"] for name in these}
-    return {"what": what, "shape": str(shape), **{f"{name}_ms": ms for name, ms in times.items()}, **ratios}
+    """Median times of both, in turns, and the median and quartiles of their ratio."""
+    cuda, count = device.type == "cuda", 2 if device.type == "cuda" else 1
+    row: dict[str, Any] = {"what": what, "shape": str(shape)}
+    for name in these:
+        times = turns({"": several(these[name], count, cuda), "_else": several(those[name], count, cuda)}, cuda, 1.0)
+        row |= {f"{name}{end}_ms": statistics.median(ms) / count for end, ms in times.items()}
+        low, row[f"{name}_ratio"], high = statistics.quantiles((a / b for a, b in zip(*times.values())), n=4, method="inclusive")
+        row[f"{name}_quartiles"] = [low, high]
+    return row
 
 
 if __name__ == "__main__":

@@ -73,3 +73,12 @@ def test_lengths(run):
     for row in rows:
         assert set(row["ms"]) == ({"ours", "SDPA", "floor"} if row["T"] < 1024 else {"floor"}) and len(row["notes"]) == (0 if row["T"] < 1024 else 2)
     assert "ours not run" in told
+
+
+def test_edges(run):
+    rows, told, _ = run("edges", "--device", "cpu")
+    assert [row["what"] for row in rows] == ["first call", "short", "short", "short", "packed", "packed", "slices"] and "both_quartiles" in told
+    for row in rows[4:]:
+        for name in ("forward", "both"):
+            low, high = row[f"{name}_quartiles"]
+            assert low <= row[f"{name}_ratio"] <= high
