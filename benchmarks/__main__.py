@@ -1,6 +1,7 @@
 """One run, one process: ours, flash-linear-attention's Triton kernels (where installed), softmax attention, and the floor.
 
-Calls alternate between the contestants, on inputs that rotate through more memory than the caches hold; medians are printed. The floor is the time
+Calls alternate between the contestants, on inputs that rotate through more memory than the caches hold; medians are printed. On a GPU they are times of the
+GPU: it is kept busy while Python issues a call. The floor is the time
 to read every input once and write every output once (k, v and g once per key/value head) at the copy bandwidth measured between the same calls. The
 results that are timed are compared with fp64 in the same run. Ratios of one run are what counts: figures move by a tenth from run to run.
 
@@ -243,13 +244,15 @@ def several(call: Callable[[int], Any], times: int, cuda: bool) -> Callable[[int
     return replay
 
 
-def alternate(calls: dict[str, Callable[[int], Any]], cuda: bool, seconds: float) -> dict[str, float]:
+def alternate(calls: dict[str, Callable[[int], Any]], cuda: bool, seconds: float, cover: bool = True) -> dict[str, float]:
     """Median ms of each call, called in turns with the number of the turn."""
-    return {name: statistics.median(values) for name, values in turns(calls, cuda, seconds).items()}
+    return {name: statistics.median(values) for name, values in turns(calls, cuda, seconds, cover).items()}
 
 
-def turns(calls: dict[str, Callable[[int], Any]], cuda: bool, seconds: float) -> dict[str, list[float]]:
-    """ms of each call in each turn."""
+def turns(calls: dict[str, Callable[[int], Any]], cuda: bool, seconds: float, cover: bool = True) -> dict[str, list[float]]:
+    """ms of each call in each turn. cover: a copy of half a millisecond keeps the GPU busy while Python issues the call, which then is timed as in a stream of
+    others: the time on the GPU alone, with cold caches; else with the time until its first kernel starts."""
+    busy = copier(torch.device("cuda"))[0] if cuda and cover else None
     times: dict[str, list[float]] = {name: [] for name in calls}
     began = time.perf_counter()
     turn = -2 if cuda else -1  # turns to warm up
@@ -261,6 +264,8 @@ def turns(calls: dict[str, Callable[[int], Any]], cuda: bool, seconds: float) ->
                 elapsed = (time.perf_counter() - start) * 1e3
             else:
                 a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                if busy:
+                    busy(turn)
                 a.record()
                 call(turn)
                 b.record()

@@ -5,8 +5,8 @@
 B is 1 throughout: one sequence that grows, as a context does. So the work grows with T (linearly but for softmax attention) and, where T is small, the GPU
 is not full, which a batch that makes up for T would hide. s and g are given; the peer and softmax attention get k, v (s, g) repeated to the query heads
 beforehand. Calls alternate as in python -m benchmarks, which also compares the results of ours with fp64; medians, of three turns where a call is slow.
-They are issued from Python, which is most of the time of short ones. Whoever would take more than a second a call, by the last length and the growth up
-to it, is not run, and the figure says so.
+They are times of the GPU, without what Python needs to issue a call: short ones take longer by themselves. Whoever would take more than a second a call, by
+the last length and the growth up to it, is not run, and the figure says so.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def measure(lengths: list[int], HQ: int, H: int, D: int, M: int, which: str, dev
         "indexing": lambda i: indexing(held["pool"][i % sets]), "pool in bf16": lambda i: op(held["pool in bf16"][i % sets], where),
     }  # fmt: skip
     turns = {name: several(call, times, cuda) for name, call in calls.items()}
-    ms = alternate({**turns, "copy": copier(device)[0]}, cuda, seconds)
+    ms = alternate({**turns, "copy": copier(device)[0]}, cuda, seconds, cover=False)
     ms = {name: ms[name] / times for name in calls}
     what = f"{N} tokens" if step else f"{N} x {lengths[0]}" if len(set(lengths)) == 1 else " + ".join(f"{lengths.count(n)} x {n}" for n in sorted(set(lengths)))
     row = {

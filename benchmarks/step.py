@@ -108,7 +108,7 @@ def step(shape: Shape, device: torch.device, peers: bool, seconds: float) -> dic
         if not cuda:
             array = torch.ones(copied // 8)
             calls["in place"], per_call["in place"] = lambda turn: array.mul_(1.0), 1
-        ms = {name: value / per_call[name] for name, value in alternate(calls, cuda, seconds).items()}
+        ms = {name: value / per_call[name] for name, value in alternate(calls, cuda, seconds, cover=False).items()}
     bandwidth = {name: copied / ms.pop(name) * 1e3 for name in ("copy", "in place") if name in ms}
     floor = {name: n / bandwidth["copy"] * 1e3 for name, n in nbytes.items() if name in ms}
     x = testing.make_inputs(min(B, 2), 20, HQ // H, 1, D, D, M, dtype=getattr(torch, dtype), device=device)
