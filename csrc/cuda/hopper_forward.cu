@@ -5,13 +5,13 @@
 //     A2 = tril(P S^T)                                o  = A2 v + (P exp(ref)) Hv                                           the values' warpgroup
 //                                                     Hv <- exp(G_end - ref) (exp(ref) Hv + S (x) v)
 //
-// Four warpgroups: one brings the tokens, a chunk ahead, one makes the windows (R, S, ref; core/hopper.cuh), one has the keys, one the values, a window
-// behind. X and A2 are operands in two parts (16 + 16 bits), S too: what is rounded to 16 bits is the states as operands, and P in front of them. Query
-// heads of a group have a block each and share k, v and g through the cache; the first of them writes the states. Making a window takes longer than using it:
-// for a group the windows are made once, by hopper_gates.cu, and brought (`images`); sequences and heads with a chunk of several are left to a second launch.
+// Four warpgroups: two make the windows (R, S, ref; core/hopper.cuh), one has the keys, one the values, a window behind, and both bring their tokens, a chunk ahead.
+// X and A2 are operands in two parts (16 + 16 bits), S too: what is rounded to 16 bits is the states as operands, and P in front of them. Query heads of a group have
+// a block each and share k, v and g through the cache; the first of them writes the states. Making a window takes longer than using it: for a group the windows are
+// made once, by hopper_gates.cu, and one warpgroup brings them (`images`), another the tokens; sequences and heads with a chunk of several are left to a second launch.
 //
 //     shared memory        written by        read by           barriers (full / empty)
-//     tokens[2]: q, k, v   tokens            keys; values      tokens_full / keys_free, values_free
+//     tokens[2]: q, k, v   keys; values      the same          the warpgroup's own; with images tokens_full / keys_free, values_free
 //     windows[2]           windows           keys, values      window_full / window_free
 //     Hk, Hv               keys; values      the same          the warpgroup's own
 //     P (hi, lo), P exp(ref)   keys          values            p_full / p_free
@@ -34,7 +34,7 @@ struct ForwardShared {
   Gates windows[2];
   E H[2][64 * D];  // [D][64] of the keys, of the values
   E P[3][kTile];  // hi, lo, times exp(ref)
-  typename GateMaker<E, 16, true>::Scratch scratch;
+  typename GateMaker<E, 8, true>::Scratch scratch;
   uint64_t tokens_full[2], keys_free[2], values_free[2], window_full[2], window_free[2], p_full, p_free;
 };
 
@@ -69,11 +69,27 @@ __device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary
   Turn tokens, window;
   uint32_t p_parity = 0;
   const int row = warp * 16 + frag_row();
+  auto bring = [&](int64_t i) {
+    if (i < chunks) {
+      c.select(p, i, kChunk);
+      load_tokens<D, 128>(values ? m.v[i % 2] : m.k[i % 2], rows_of(values ? p.v : p.k, c, head), c.length, tid);
+      if (!values && outputs) load_tokens<D, 128>(m.q[i % 2], rows_of(p.q, c, q_head), c.length, tid);
+    }
+    cp_async_commit();
+  };
+  if (!images) bring(0);
 
   for (int64_t i = 0; i < chunks; ++i) {
+    if (!images) bring(i + 1);
     c.select(p, i, kChunk);
     if (boundary && owner) store_state<D>(boundary + ((c.slot * p.H + head) * 2 + values) * int64_t(D) * p.M, tile, p.M, tid);
-    wait(m.tokens_full + tokens.i, tokens.parity);
+    if (images) {
+      wait(m.tokens_full + tokens.i, tokens.parity);
+    } else {
+      cp_async_wait_for<1>();
+      publish();
+      sync(own, 128);
+    }
     const E* x = values ? m.v[tokens.i] : m.k[tokens.i];
     for (bool last = false; !last; window.next()) {
       wait(m.window_full + window.i, window.parity);
@@ -137,7 +153,7 @@ __device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary
       publish();
       sync(own, 128);
     }
-    arrive_warp((values ? m.values_free : m.keys_free) + tokens.i);
+    if (images) arrive_warp((values ? m.values_free : m.keys_free) + tokens.i);
     tokens.next();
   }
   if (float* out = static_cast<float*>(values ? p.hvT : p.hkT))
@@ -155,7 +171,7 @@ __global__ __launch_bounds__(512, 1) void forward_kernel(const __grid_constant__
   const int role = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), tid = threadIdx.x % 128;
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2; ++i) {
-      init(m.tokens_full + i, 128), init(m.window_full + i, images ? 1 : 128);
+      init(m.tokens_full + i, 128), init(m.window_full + i, images ? 1 : 256);
       init(m.keys_free + i, 4), init(m.values_free + i, 4), init(m.window_free + i, 8);
     }
     init(&m.p_full, 4), init(&m.p_free, 4);
@@ -165,7 +181,6 @@ __global__ __launch_bounds__(512, 1) void forward_kernel(const __grid_constant__
   Chunk c;
   c.seq = sequence<false>(p, n, kChunk);
   const int64_t chunks = c.seq.chunks;
-  const bool outputs = p.o.ptr != nullptr;
   if constexpr (images) {
     const GateImage<E>* image = gate_images + c.seq.slot * p.H + head;
     bool several = false;
@@ -185,9 +200,26 @@ __global__ __launch_bounds__(512, 1) void forward_kernel(const __grid_constant__
       }
       return;
     }
-  } else if (role == 0) {  // windows
-    give_registers<128>();
-    GateMaker<E, 16, true> gates(m.scratch, tid, 1);
+    if (role == 3) {  // tokens
+      give_registers<48>();
+      Turn turn;
+      for (int64_t i = 0; i < chunks; ++i, turn.next()) {
+        c.select(p, i, kChunk);
+        wait(m.keys_free + turn.i, turn.parity ^ 1);
+        load_tokens<D, 128>(m.q[turn.i], rows_of(p.q, c, q_head), c.length, tid);
+        load_tokens<D, 128>(m.k[turn.i], rows_of(p.k, c, head), c.length, tid);
+        wait(m.values_free + turn.i, turn.parity ^ 1);
+        load_tokens<D, 128>(m.v[turn.i], rows_of(p.v, c, head), c.length, tid);
+        cp_async_commit();
+        cp_async_wait_for<0>();
+        publish();
+        arrive(m.tokens_full + turn.i);
+      }
+      return;
+    }
+  } else if (role == 0 || role == 3) {  // windows
+    give_registers<88>();
+    GateMaker<E, 8, true> gates(m.scratch, role ? 128 + tid : tid, 1);
     Turn turn;
     for (int64_t i = 0; i < chunks; ++i) {
       if (i + 1 < chunks) {
@@ -209,30 +241,13 @@ __global__ __launch_bounds__(512, 1) void forward_kernel(const __grid_constant__
         gates.make(begin, end, before, total);
         Window<E>& w = m.windows[turn.i];
         wait(m.window_free + turn.i, turn.parity ^ 1);
-        if (tid == 0) w.begin = begin, w.end = end, w.last = end == c.length;
+        if (threadIdx.x == 0) w.begin = begin, w.end = end, w.last = end == c.length;
         gates.store(w, total);
         publish();
         arrive(m.window_full + turn.i);
         turn.next();
         begin = end;
       }
-    }
-    return;
-  }
-  if (role == 3) {  // tokens
-    give_registers<48>();
-    Turn turn;
-    for (int64_t i = 0; i < chunks; ++i, turn.next()) {
-      c.select(p, i, kChunk);
-      wait(m.keys_free + turn.i, turn.parity ^ 1);
-      if (outputs) load_tokens<D, 128>(m.q[turn.i], rows_of(p.q, c, q_head), c.length, tid);
-      load_tokens<D, 128>(m.k[turn.i], rows_of(p.k, c, head), c.length, tid);
-      wait(m.values_free + turn.i, turn.parity ^ 1);
-      load_tokens<D, 128>(m.v[turn.i], rows_of(p.v, c, head), c.length, tid);
-      cp_async_commit();
-      cp_async_wait_for<0>();
-      publish();
-      arrive(m.tokens_full + turn.i);
     }
     return;
   }
