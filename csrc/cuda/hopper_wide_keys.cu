@@ -190,7 +190,7 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_keys_kernel(const __grid
   __syncthreads();
 
   const bool cut = image.cut, coupled = p.s.ptr == nullptr;
-  float T[4][4], U[4][4], F[4][4], outer[4][4];  // F: R, or exp(G_end - G); then write strengths, of several windows 1 - exp(g)
+  float T[4][4], U[4][4], F[4][4], outer[4][4];  // F: R, or exp(G_end - G); then write strengths, of several windows exp(g)
   auto sum_of = [&](float (&sum)[4][4], const float* of_first) {
     load_half(sum, of_first, half, tid);
 #pragma unroll 1
@@ -224,14 +224,14 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_keys_kernel(const __grid
       }
     }
   const Rows ds_rows = rows_of(p.ds, c, head), dg_rows = rows_of(p.dg, c, head);
-  if (cut) {  // 1 - exp(g)
+  if (cut) {  // exp(g)
     const Rows g = rows_of(p.g, c, head);
 #pragma unroll
     for (int t = 0; t < 4; ++t)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int j = row + (e >> 1) * 8, slot = col + t * 8 + (e & 1);
-        F[t][e] = j < c.length && slot < p.M ? 1.f - expf(load_as_float(g.ptr, g.at(j) + slot, g.dtype)) : 0.f;
+        F[t][e] = j < c.length && slot < p.M ? expf(load_as_float(g.ptr, g.at(j) + slot, g.dtype)) : 1.f;
       }
   }
   E* const terms = m.tiles[stage == kStages - 1 ? 0 : stage + 1][0] + half * 2 * kTile;  // of this half's columns, two parts side by side
@@ -271,9 +271,10 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_keys_kernel(const __grid
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           x[e] = dg[t][2 * h + e] + m.edge[slot + e];
-          const bool reset = cut ? F[t][2 * h + e] == 1.f : j == 0 && image.start[slot + e] == 0.f;
+          const float f = F[t][2 * h + e];
+          const bool reset = cut ? f == 0.f : j == 0 && image.start[slot + e] == 0.f;
           if (reset) x[e] = 0.f;  // it forgets whatever the gate would have changed
-          if (coupled) x[e] -= (1.f - F[t][2 * h + e]) * U[t][2 * h + e];  // s = 1 - exp(g)
+          if (coupled) x[e] -= (cut ? f : 1.f - f) * U[t][2 * h + e];  // s = 1 - exp(g)
         }
         if (half * 32 + t * 8 < p.M) {
           store_pair<E>(p.dg, dg_rows.at(j) + slot, x[0], x[1]);
