@@ -144,11 +144,12 @@ States forward_states(const Params& p, void* hkT, void* hvT, bool recompute) {
 
 namespace {
 
-// The kernels for Hopper know no pool: what they start from and leave is beside it. In the walk every query head of a group starts from it by itself, so with
-// groups what is written is apart from what is read.
+// The parts for Hopper read and write a pool's rows themselves. The others know none: what they start from and leave is beside it. In the walk every query head of a
+// group starts from it by itself, so with groups what is written is apart from what is read.
 struct Beside {
   float *hk, *hv, *hkT, *hvT;
-  static int64_t floats(const Params& p) { return p.state_indices ? p.N * p.H * (p.K + p.V) * p.M * (p.HQ > p.H ? 2 : 1) : 0; }
+  static bool needed(const Params& p) { return p.state_indices && (hopper_walks(p) || hopper_wide(p)); }
+  static int64_t floats(const Params& p) { return needed(p) ? p.N * p.H * (p.K + p.V) * p.M * (p.HQ > p.H ? 2 : 1) : 0; }
   explicit Beside(const Params& p) : hk(static_cast<float*>(p.workspace)), hv(hk + p.N * p.H * p.K * p.M), hkT(hk), hvT(hv) {
     const int64_t size = p.N * p.H * (p.K + p.V) * p.M;
     if (p.HQ > p.H) hkT += size, hvT += size;
@@ -195,7 +196,7 @@ int64_t forward_workspace(const Params& p) { return hopper_takes(p) ? Beside::fl
 void chunk_forward(const ForwardParams& p) {
   require_device();
   if (hopper_takes(p)) {
-    if (!p.state_indices) return forward_for_hopper(p);
+    if (!Beside::needed(p)) return forward_for_hopper(p);
     const Beside own(p);
     ForwardParams x = p;
     x.hk0 = own.hk, x.hv0 = own.hv, x.hkT = own.hkT, x.hvT = own.hvT, x.state_indices = nullptr;

@@ -9,7 +9,7 @@ namespace gsa::cuda {
 bool hopper_takes(const Params& p);
 // Of what they take: heads of more than 128 dimensions, which never walk and whose chunks are streamed over (hopper_wide_*.cu).
 inline bool hopper_wide(const Params& p) { return p.K > 128; }
-// Whether the forward walk, a block of which does a whole sequence, does: one bank of slots, enough sequences times query heads for the GPU.
+// Whether the forward walk, a block of which does a whole sequence, does: one bank of slots, enough sequences times query heads for the GPU, groups not packed.
 bool hopper_walks(const Params& p);
 // Whether the backward walk (hopper_fused) does, too: each query head has keys and values of its own.
 inline bool hopper_fuses(const Params& p) { return p.HQ == p.H && hopper_walks(p); }

@@ -131,6 +131,8 @@ __global__ __launch_bounds__(kThreads) void pass_kernel(const __grid_constant__ 
   const int part = blockIdx.x % parts, side = blockIdx.x / parts % 2;
   const int banks = banks_of(p), heads = p.H * banks, id = blockIdx.x / (2 * parts) % heads, head = id / banks, bank = id % banks;
   const Sequence seq = sequence<false>(p, blockIdx.x / (2 * parts) / heads, kChunk);
+  const int64_t pool_row = state_row(p, seq.n);
+  if (pool_row < 0) return;
   const int chunks = static_cast<int>(seq.chunks), tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
   // Slots slot, slot + 1 and dimensions d, d + 1.
   const int slice = part % (D / 64), slots_from = part / (D / 64) * 8;
@@ -144,7 +146,7 @@ __global__ __launch_bounds__(kThreads) void pass_kernel(const __grid_constant__ 
 #pragma unroll
       for (int s = 0; s < 2; ++s)
 #pragma unroll
-        for (int e = 0; e < 2; ++e) f(h[s][e], ((broadcast ? 0 : seq.n) * p.H + head) * D * p.M + (side ? (state_slot + s) * D + d + e : (d + e) * p.M + state_slot + s));
+        for (int e = 0; e < 2; ++e) f(h[s][e], ((broadcast ? 0 : pool_row) * p.H + head) * D * p.M + (side ? (state_slot + s) * D + d + e : (d + e) * p.M + state_slot + s));
   };
   if (const float* in = static_cast<const float*>(ends.first[side])) each_element(ends.broadcast, [&](float& x, int64_t i) { x = in[i]; });
 

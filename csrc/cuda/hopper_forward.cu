@@ -275,12 +275,13 @@ bool hopper_takes(const Params& p) {
   return aligned(p.q) && aligned(p.k) && aligned(p.v) && pairs(p, p.g) && pairs(p, p.s);
 }
 
-// With few blocks the parts, which cut a sequence into chunks, use more of the GPU.
+// With few blocks the parts, which cut a sequence into chunks, use more of the GPU; and with lengths that nobody here knows, a few of which may be long. Where a query
+// head has its own keys and values that is less than what they read and write more.
 bool hopper_walks(const Params& p) {
   const Kernels wanted = wanted_kernels();
   if (!hopper_takes(p) || hopper_wide(p) || p.M > kSlots || wanted == Kernels::parts || wanted == Kernels::few) return false;
   const int64_t blocks = p.N * p.HQ, at_once = hopper_multiprocessors();
-  return wanted == Kernels::hopper || blocks * 10 >= ceil_div(blocks, at_once) * at_once * 7;
+  return wanted == Kernels::hopper || (blocks * 10 >= ceil_div(blocks, at_once) * at_once * 7 && !(p.cu_seqlens && p.HQ > p.H));
 }
 void hopper_forward(const ForwardParams& p, void* boundary, const void* images, int* cut) {
   select_hopper(p, [&]<class E, int D>() {

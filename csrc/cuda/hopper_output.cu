@@ -87,7 +87,10 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void output_kernel(const __
   const int r = p.HQ / p.H, turns = r / heads;
   const int head = blockIdx.x / turns % p.H, first_head = head * r + blockIdx.x % turns * heads;
   Chunk c;
-  if (!find_chunk(p, blockIdx.x / turns / p.H, kChunk, c)) return;
+  if (!find_chunk(p, blockIdx.x / turns / p.H, kChunk, c)) {
+    for (int i = 0; i < heads; ++i) zero_padding(p, c.seq.n, first_head + i, (blockIdx.x / turns / p.H - c.seq.slot) * kChunk, kChunk);
+    return;
+  }
   const GateImage<E>* const image = images + (c.slot * p.H + head) * BANKS;
   const bool cut = image->cut;
   // Everything is on its way before anything is waited for.

@@ -40,6 +40,8 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
   const int r = reverse ? p.HQ / p.H : 1, slice = blockIdx.x % slices, side = blockIdx.x / slices % sides, id = blockIdx.x / (sides * slices) % heads;
   const int head = id / banks, bank = id % banks;
   const int64_t n = blockIdx.x / (sides * slices) / heads;
+  const int64_t pool_row = state_row(p, n);
+  if (pool_row < 0) return;
   Chunk c;
   c.seq = sequence<false>(p, n, kChunk);
   const int chunks = static_cast<int>(c.seq.chunks);
@@ -57,7 +59,7 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int slot = bank * kSlots + row + (e >> 1) * 8, d = slice * 64 + t * 8 + frag_col() + (e & 1);
-        if (slot < p.M) f(h[t][e], ((broadcast ? 0 : n) * p.H + head) * D * p.M + (side ? slot * D + d : d * p.M + slot));
+        if (slot < p.M) f(h[t][e], ((broadcast ? 0 : pool_row) * p.H + head) * D * p.M + (side ? slot * D + d : d * p.M + slot));
       }
   };
   zero(h);
