@@ -77,11 +77,10 @@ def test_small_cotangents_beside_strong_gates(kernels, D, M, r, cuda, monkeypatc
         assert off < 1e-4, f"d{name} {off:.1e}"
 
 
-@pytest.mark.parametrize("mode", ["coupled", "given"])
 @pytest.mark.parametrize("D", [128, 256])
-def test_gates_that_are_nearly_resets(D, mode, cuda):
+def test_gates_that_are_nearly_resets(D, cuda):
     """1 - exp(g) is 1 in fp32, and yet dg is not 0: next to nothing is left of the states, and all of dg is what that would change."""
-    x = make_inputs(1, 150, 2, 1, D, D, 32, mode=mode, dtype=BF16, device=cuda, initial_state=True)
+    x = make_inputs(1, 150, 2, 1, D, D, 32, mode="given", dtype=BF16, device=cuda, initial_state=True)
     x["g"].fill_(-20)
     check(chunk_gsa, x)
 
