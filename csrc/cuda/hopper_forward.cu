@@ -36,6 +36,7 @@ struct ForwardShared {
   E P[3][kTile];  // hi, lo, times exp(ref)
   typename GateMaker<E, 8, true>::Scratch scratch;
   uint64_t tokens_full[2], keys_free[2], values_free[2], window_full[2], window_free[2], p_full, p_free;
+  int found;
 };
 
 // A position in a ring of two and the parity of its barriers.
@@ -166,7 +167,7 @@ __global__ __launch_bounds__(512, 1) void forward_kernel(const __grid_constant__
 #if GSA_HOPPER
   extern __shared__ __align__(1024) char memory[];
   auto& m = *reinterpret_cast<ForwardShared<E, D, images>*>(memory);
-  const int64_t q_head = blockIdx.x % p.HQ, n = blockIdx.x / p.HQ, head = q_head / (p.HQ / p.H);
+  const int64_t q_head = blockIdx.x % p.HQ, n = longest_first(p, blockIdx.x / p.HQ, m.found), head = q_head / (p.HQ / p.H);
   if (!images && cut && !cut[n * p.H + head]) return;
   const int role = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), tid = threadIdx.x % 128;
   if (threadIdx.x == 0) {

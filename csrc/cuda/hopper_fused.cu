@@ -44,6 +44,7 @@ struct FusedShared {
   float exchange[2][kTile];
   typename GateMaker<E, 16>::Scratch scratch;
   float edge[2][kSlots], diagonal[64], decay[kSlots];
+  int found;
   uint64_t full, window_free, exchange_free, A_free[2], B_free[2], H_free[2];
 };
 
@@ -383,7 +384,7 @@ __global__ __launch_bounds__(384, 1) void fused_kernel(const __grid_constant__ B
 #if GSA_HOPPER
   extern __shared__ __align__(1024) char memory[];
   auto& m = *reinterpret_cast<FusedShared<E, D>*>(memory);
-  const int64_t head = blockIdx.x % p.H, n = blockIdx.x / p.H;
+  const int64_t head = blockIdx.x % p.H, n = longest_first(p, blockIdx.x / p.H, m.found);
   const int role = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), tid = threadIdx.x % 128;
   if (threadIdx.x == 0) {
     init(&m.full, 128), init(&m.window_free, 8), init(&m.exchange_free, 8);

@@ -102,6 +102,25 @@ __device__ inline void take_registers() {
 #endif
 }
 
+// The sequence that is `rank`-th by length, for walks: packed sequences begin with the longest, so that none of them is alone in the end. Many, where finding it takes
+// too long, begin with the first. By a whole block, before anything else; `found`: of shared memory.
+[[maybe_unused]] __device__ inline int64_t longest_first(const Params& p, int64_t rank, int& found) {
+  if (!p.cu_seqlens || p.N > 256) return rank;
+  auto length = [&](int i) { return max(bound(p, i + 1) - bound(p, i), int64_t(0)); };
+  if (const int i = threadIdx.x; i < p.N) {
+    const int64_t own = length(i);
+    int before = 0;
+#pragma unroll 1
+    for (int j = 0; j < static_cast<int>(p.N); ++j) {
+      const int64_t other = length(j);
+      before += other > own || (other == own && j < i);
+    }
+    if (before == rank) found = i;
+  }
+  __syncthreads();
+  return found;
+}
+
 // ------------------------------------------------------------------------------------------------------------ products
 
 struct Operand {
