@@ -29,8 +29,9 @@ from gsa_ext import GatedSlotAttention
 LAYERS = ("layer", "t2r", "paper", "liger", "t2r-window")
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::linear", "aten::matmul", "aten::bmm", "aten::linear_backward", "aten::mkldnn_linear")
 GEMMS = ("nvjet", "gemm", "xmma", "cutlass", "cublas", "splitK")
-BESIDE = ("gsa::rotate", "gsa::log_gate", "gsa::log_gate_backward", "gsa::mix", "gsa::mix_backward")                # not the op
-OWN_KERNELS = ("rotate_kernel", "log_gate_kernel", "mix_kernel")                                                    # of these
+BESIDE = ("gsa::rotate", "gsa::log_gate", "gsa::log_gate_backward", "gsa::mix", "gsa::mix_backward",                # not the op
+          "gsa::silu_norm", "gsa::silu_norm_forward", "gsa::silu_norm_backward")
+OWN_KERNELS = ("rotate_kernel", "log_gate_kernel", "mix_kernel", "silu_norm")                                       # of these
 ATTENTION = ("flash", "sdpa", "fmha")                                       # in the names of kernels
 COPIES = ("_to_copy", "clone", "copy_", "cat", "contiguous", "repeat", "index_select")
 

@@ -1,11 +1,13 @@
-// torch.ops.gsa.rotate and log_gate, what a layer does to its projections before the op, and mix, what it does after it, each in one pass over memory. CUDA kernels
-// in cuda/inputs.cu; on the CPU and in fp64 the same from torch's own operations.
+// torch.ops.gsa.rotate and log_gate, what a layer does to its projections before the op, mix and silu_norm, what it does after it, each in one pass over
+// memory. CUDA kernels in cuda/inputs.cu; on the CPU and in fp64 the same from torch's own operations.
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
+
+#include <limits>
 
 #include "checks.h"
 #include "params.h"
@@ -306,6 +308,139 @@ struct Mix : torch::autograd::Function<Mix> {
 
 Tensor mix_autograd(const Tensor& a, const Tensor& b, const Tensor& share) { return Mix::apply(a, b, share); }
 
+// --------------------------------------------------------------------------------------------------------- silu_norm
+// rms_norm(silu(o)) * weight over the last dimension, in fp32 (fp64), rounded once.
+
+void check_silu_norm(const Tensor& o, const OptTensor& weight, OptDouble eps) {
+  TORCH_CHECK_TYPE(at::isFloatingType(o.scalar_type()), "o: expected a floating point dtype, given ", o.scalar_type());
+  TORCH_CHECK_VALUE(o.dim() >= 1, "o: expected shape [..., D], given ", o.sym_sizes());
+  TORCH_CHECK_VALUE(!eps || *eps >= 0, "eps: expected a number that is not negative, or None, given ", *eps);
+  if (!weight) return;
+  TORCH_CHECK_TYPE(weight->scalar_type() == o.scalar_type(), "weight: expected o's dtype ", o.scalar_type(), ", given ", weight->scalar_type());
+  TORCH_CHECK_VALUE(weight->dim() == 1 && weight->sym_size(0) == o.sym_size(-1), "weight: expected shape [D], o being ", o.sym_sizes(), ", given ",
+                    weight->sym_sizes());
+  TORCH_CHECK(weight->device() == o.device(), "o and weight are on ", o.device(), " and ", weight->device(), ": move them to one device");
+}
+double eps_of(const Tensor& o, OptDouble eps) {  // None: what torch's rms_norm takes it for
+  return eps.value_or(o.scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon());
+}
+Tensor inverse_rms(const Tensor& s, double eps) { return (s.square().mean(-1, true) + eps).rsqrt(); }
+Two silu_norm_cotangents(const Tensor& d_y, const Tensor& o, const OptTensor& weight, const Tensor& inverse, bool of_weight) {
+  const Tensor x = o.to(wide(o)), gate = at::sigmoid(x), s = x * gate, d = d_y.to(wide(o)), d_normed = weight ? d * *weight : d;
+  const Tensor d_s = inverse * (d_normed - s * (inverse.square() * (d_normed * s).mean(-1, true)));
+  const Tensor d_o = (d_s * (gate + s * (1 - gate))).to(o.scalar_type());
+  if (!of_weight) return {d_o, at::empty({0}, o.options())};
+  const Tensor each = d * s * inverse;
+  return {d_o, (o.dim() > 1 ? each.flatten(0, -2).sum(0) : each).to(o.scalar_type())};
+}
+
+#ifdef GSA_WITH_CUDA
+SiluNormParams silu_norm_params(const Tensor& o, const Tensor& weight, double eps) {  // contiguous ones, or no weight
+  SiluNormParams p;
+  p.width = o.size(-1), p.rows = o.numel() / std::max<int64_t>(p.width, 1), p.eps = static_cast<float>(eps);
+  p.share = 1.f / static_cast<float>(p.width), p.dtype = dtype_of(o), p.stream = stream_of(o);
+  p.o = o.const_data_ptr(), p.weight = weight.defined() ? weight.const_data_ptr() : nullptr;
+  return p;
+}
+#endif
+
+Tensor silu_norm_of(const Tensor& o, const OptTensor& weight, OptDouble eps, Tensor* inverse) {
+  check_silu_norm(o, weight, eps);
+  const c10::DeviceGuard guard(o.device());
+  std::vector<int64_t> rows = o.sizes().vec();
+  rows.back() = 1;
+#ifdef GSA_WITH_CUDA
+  if (has_kernel(o)) {
+    const Tensor oc = o.contiguous(), wc = weight ? weight->contiguous() : Tensor();
+    Tensor y = at::empty(o.sizes(), o.options());
+    SiluNormParams p = silu_norm_params(oc, wc, eps_of(o, eps));
+    p.y = y.data_ptr();
+    if (inverse) *inverse = at::empty(rows, o.options().dtype(at::kFloat)), p.inverse = inverse->data_ptr<float>();
+    if (o.numel() > 0) cuda::silu_norm(p);
+    return y;
+  }
+#endif
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const Tensor s = at::silu(o.to(wide(o))), r = inverse_rms(s, eps_of(o, eps)), normed = s * r;
+  if (inverse) *inverse = r;
+  return (weight ? normed * *weight : normed).to(o.scalar_type());
+}
+Tensor silu_norm(const Tensor& o, const OptTensor& weight, OptDouble eps) { return silu_norm_of(o, weight, eps, nullptr); }
+Two silu_norm_forward(const Tensor& o, const OptTensor& weight, OptDouble eps) {
+  Tensor inverse;
+  Tensor y = silu_norm_of(o, weight, eps, &inverse);
+  return {y, inverse};
+}
+
+Two silu_norm_backward(const Tensor& d_y, const Tensor& o, const OptTensor& weight, const Tensor& inverse, bool of_weight) {
+  check_silu_norm(o, weight, {});
+  const c10::DeviceGuard guard(o.device());
+#ifdef GSA_WITH_CUDA
+  if (has_kernel(o) && d_y.scalar_type() == o.scalar_type() && o.numel() > 0) {
+    const Tensor oc = o.contiguous(), wc = weight ? weight->contiguous() : Tensor(), dc = d_y.contiguous(), rc = inverse.contiguous();
+    Tensor d_o = at::empty(o.sizes(), o.options()), d_weight = at::empty({of_weight ? o.size(-1) : 0}, o.options());
+    SiluNormParams p = silu_norm_params(oc, wc, 0);
+    p.d_y = dc.const_data_ptr(), p.d_o = d_o.data_ptr(), p.inverse = rc.data_ptr<float>(), p.parts = cuda::silu_norm_parts(p);
+    Tensor sums;
+    if (of_weight) sums = at::empty({p.parts, p.width}, rc.options()), p.sums = sums.data_ptr<float>(), p.d_weight = d_weight.data_ptr();
+    cuda::silu_norm_backward(p);
+    return {d_o, d_weight};
+  }
+#endif
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  return silu_norm_cotangents(d_y, o, weight, inverse, of_weight);
+}
+
+Tensor silu_norm_meta(const Tensor& o, const OptTensor& weight, OptDouble eps) {
+  check_silu_norm(o, weight, eps);
+  return at::empty_symint(o.sym_sizes(), o.options());
+}
+Two silu_norm_forward_meta(const Tensor& o, const OptTensor& weight, OptDouble eps) {
+  std::vector<c10::SymInt> rows = o.sym_sizes().vec();
+  Tensor y = silu_norm_meta(o, weight, eps);
+  rows.back() = 1;
+  return {y, at::empty_symint(rows, o.options().dtype(wide(o)))};
+}
+Two silu_norm_backward_meta(const Tensor&, const Tensor& o, const OptTensor& weight, const Tensor&, bool of_weight) {
+  check_silu_norm(o, weight, {});
+  return {at::empty_symint(o.sym_sizes(), o.options()), at::empty_symint({of_weight ? o.sym_size(-1) : c10::SymInt(0)}, o.options())};
+}
+
+struct SiluNorm : torch::autograd::Function<SiluNorm> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& o, const OptTensor& weight, OptDouble eps) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("gsa::silu_norm_forward", "").typed<decltype(silu_norm_forward)>();
+    auto [y, inverse] = op.call(o, weight, eps);
+    ctx->save_for_backward({o, weight.value_or(Tensor()), inverse});
+    ctx->saved_data["eps"] = eps ? c10::IValue(*eps) : c10::IValue();
+    return y;
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const OptTensor weight = saved[1].defined() ? OptTensor(saved[1]) : std::nullopt;
+    const bool of_weight = weight && ctx->needs_input_grad(1);
+    Tensor d_o, d_weight;
+    if (at::GradMode::is_enabled()) {  // of a gradient of a gradient
+      const OptDouble eps = ctx->saved_data["eps"].isNone() ? OptDouble() : ctx->saved_data["eps"].toDouble();
+      const Tensor inverse = inverse_rms(at::silu(saved[0].to(wide(saved[0]))), eps_of(saved[0], eps));
+      std::tie(d_o, d_weight) = silu_norm_cotangents(grads[0], saved[0], weight, inverse, of_weight);
+    } else {
+      static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("gsa::silu_norm_backward", "").typed<decltype(silu_norm_backward)>();
+      std::tie(d_o, d_weight) = op.call(grads[0], saved[0], weight, saved[2], of_weight);
+    }
+    return {d_o, of_weight ? d_weight : Tensor(), {}};
+  }
+};
+
+Tensor silu_norm_autograd(const Tensor& o, const OptTensor& weight, OptDouble eps) {
+  if (!(at::GradMode::is_enabled() && (o.requires_grad() || (weight && weight->requires_grad())))) {  // nothing to save
+    const at::AutoDispatchBelowADInplaceOrView below;
+    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("gsa::silu_norm", "").typed<decltype(silu_norm)>();
+    return op.call(o, weight, eps);
+  }
+  return SiluNorm::apply(o, weight, eps);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(gsa, m) {
@@ -315,6 +450,9 @@ TORCH_LIBRARY_FRAGMENT(gsa, m) {
   m.def("log_gate_backward(Tensor d_g, Tensor logits, float normalizer, float? lowest=None, Tensor? mask=None) -> Tensor", tags);
   m.def("mix(Tensor a, Tensor b, Tensor share) -> Tensor", tags);
   m.def("mix_backward(Tensor d_o, Tensor a, Tensor b, Tensor share) -> (Tensor, Tensor, Tensor)", tags);
+  m.def("silu_norm(Tensor o, Tensor? weight=None, float? eps=None) -> Tensor", tags);
+  m.def("silu_norm_forward(Tensor o, Tensor? weight=None, float? eps=None) -> (Tensor, Tensor)", tags);
+  m.def("silu_norm_backward(Tensor d_y, Tensor o, Tensor? weight, Tensor inverse, bool of_weight) -> (Tensor, Tensor)", tags);
 }
 TORCH_LIBRARY_IMPL(gsa, CPU, m) {
   m.impl("rotate", rotate);
@@ -322,6 +460,9 @@ TORCH_LIBRARY_IMPL(gsa, CPU, m) {
   m.impl("log_gate_backward", log_gate_backward);
   m.impl("mix", mix);
   m.impl("mix_backward", mix_backward);
+  m.impl("silu_norm", silu_norm);
+  m.impl("silu_norm_forward", silu_norm_forward);
+  m.impl("silu_norm_backward", silu_norm_backward);
 }
 TORCH_LIBRARY_IMPL(gsa, CUDA, m) {
   m.impl("rotate", rotate);
@@ -329,6 +470,9 @@ TORCH_LIBRARY_IMPL(gsa, CUDA, m) {
   m.impl("log_gate_backward", log_gate_backward);
   m.impl("mix", mix);
   m.impl("mix_backward", mix_backward);
+  m.impl("silu_norm", silu_norm);
+  m.impl("silu_norm_forward", silu_norm_forward);
+  m.impl("silu_norm_backward", silu_norm_backward);
 }
 TORCH_LIBRARY_IMPL(gsa, Meta, m) {
   m.impl("rotate", rotate_meta);
@@ -336,11 +480,15 @@ TORCH_LIBRARY_IMPL(gsa, Meta, m) {
   m.impl("log_gate_backward", log_gate_backward_meta);
   m.impl("mix", mix_meta);
   m.impl("mix_backward", mix_backward_meta);
+  m.impl("silu_norm", silu_norm_meta);
+  m.impl("silu_norm_forward", silu_norm_forward_meta);
+  m.impl("silu_norm_backward", silu_norm_backward_meta);
 }
 TORCH_LIBRARY_IMPL(gsa, Autograd, m) {
   m.impl("rotate", rotate_autograd);
   m.impl("log_gate", log_gate_autograd);
   m.impl("mix", mix_autograd);
+  m.impl("silu_norm", silu_norm_autograd);
 }
 
 }  // namespace gsa

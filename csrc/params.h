@@ -191,6 +191,19 @@ struct MixParams {
 };
 constexpr int64_t kMixSlab = 16;      // tokens
 
+// y = s / rms(s) * weight with s = silu(o), rms over a row; or, with a cotangent d_y of that, those of o and of the weight.
+struct SiluNormParams {
+  int64_t rows = 0, width = 0, parts = 0;  // parts: blocks of the backward, silu_norm_parts() of them
+  float eps = 0, share = 0;           // share: 1 / width
+  DType dtype = DType::none;          // of o, weight, y and their cotangents
+  const void *o = nullptr, *weight = nullptr, *d_y = nullptr;  // [rows, width] contiguous, [width] or nullptr
+  void *y = nullptr, *d_o = nullptr;
+  float* inverse = nullptr;           // [rows] 1 / rms; forward: written when not nullptr
+  float* sums = nullptr;              // [parts, width] what each block adds to d_weight; nullptr: that is not wanted
+  void* d_weight = nullptr;           // [width]
+  void* stream = nullptr;
+};
+
 // Tokens per chunk, the spacing of the boundary states. Depends on nothing but this, so that shapes are known without a device.
 constexpr int64_t chunk_length(DType dtype, Math math, int64_t M) {
   const bool wide = dtype == DType::f32 || math == Math::exact;   // fp32 tiles
@@ -229,6 +242,9 @@ void window_step(const WindowParams&);
 void rotate(const RotateParams&);     // inputs.cu; elsewhere from torch's own operations (inputs.cpp), too
 void log_gate(const LogGateParams&);
 void mix(const MixParams&);
+void silu_norm(const SiluNormParams&);
+int64_t silu_norm_parts(const SiluNormParams&);
+void silu_norm_backward(const SiluNormParams&);
 }
 #undef GSA_BACKEND
 

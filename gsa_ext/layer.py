@@ -250,9 +250,9 @@ def linears(x: Tensor, *modules: nn.Module) -> list[Tensor]:
     return list(_Linears.apply(x, *parameters))
 
 
-def _plain(module: Any) -> bool:
-    """Whether calling ``module`` is ``F.linear`` and nothing else: no adapter, quantisation, hook or sharded weight."""
-    return (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and type(module.weight) in (nn.Parameter, Tensor)
+def _plain(module: Any, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether calling ``module`` is what ``kind`` does and nothing else: no adapter, quantisation, hook or sharded weight."""
+    return (isinstance(module, kind) and type(module).forward is kind.forward and type(module.weight) in (nn.Parameter, Tensor, type(None))
             and "forward" not in module.__dict__
             and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks))
 
@@ -308,6 +308,16 @@ class RMSNorm(nn.Module):
         y = x.to(torch.promote_types(x.dtype, torch.float32))
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         return (y * self.weight).to(x.dtype)
+
+
+def silu_norm(o: Tensor, norm: nn.Module) -> Tensor:
+    """``norm(silu(o))``; where ``norm`` is a plain :class:`RMSNorm` with a weight of o's dtype, in one pass forward and one backward, rounded once."""
+    if torch.compiler.is_compiling() or not _plain(norm, RMSNorm):       # a compiler sees through the formula
+        return norm(F.silu(o))
+    weight: Any = norm.weight
+    if weight is not None and weight.dtype != o.dtype:
+        return norm(F.silu(o))
+    return torch.ops.gsa.silu_norm(o, weight, norm.eps)
 
 
 class LinearReLU(nn.Module):
@@ -476,7 +486,7 @@ class GatedSlotAttention(nn.Module):
         gate_logits = gate_logits.unflatten(-1, (self.num_kv_heads, self.num_slots))
 
         o = slot_attention(q, k, v, gate_logits, self.gate_logit_normalizer, self.scale, mask, state, cu_seqlens, swish, True).flatten(-2)
-        y = self.o_proj(self.g_norm(F.silu(o)))
+        y = self.o_proj(silu_norm(o, self.g_norm))
         if order is not None:
             y = torch.empty_like(y).scatter(1, order[..., None].expand_as(y), y)
         return y, None, past_key_values

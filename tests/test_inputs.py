@@ -1,4 +1,4 @@
-"""What a layer does before the op and after it, in one pass each: torch.ops.gsa.rotate, log_gate and mix, against torch's own operations."""
+"""What a layer does before the op and after it, in one pass each: torch.ops.gsa.rotate, log_gate, mix and silu_norm, against torch's own operations."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.library import opcheck
 
-from gsa_ext.layer import log_gate
+from gsa_ext.layer import RMSNorm, log_gate, silu_norm
 from gsa_ext.testing import error
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=["fp64", "fp32", "bf16", "fp16"])
@@ -150,6 +150,131 @@ def test_mix_of_slices(device):
     assert all(torch.allclose(x, y, rtol=1e-5, atol=1e-5) for x, y in zip(grads, wanted))
 
 
+def normed(o, weight, eps):
+    return F.rms_norm(F.silu(o), o.shape[-1:], weight, eps)
+
+
+@pytest.mark.parametrize("sizes", [
+    (2, 37, 64), (1, 1, 4096), (70, 2048), (600, 8), (3, 5, 24), (3, 5120), (3, 8192), (2, 8200), (2, 16400), (3, 7), (50, 3), (2, 4097), (40,), (2, 0, 8)],
+    ids=str)
+@dtypes
+def test_silu_norm(dtype, sizes, device):
+    """Forward and backward against the formula in fp64: a row in registers, in one vector a thread and in more, and rows too wide for that; widths that are
+    no multiple of 16 bytes, starts that are none; with a weight and without. The same bits every time, whether anything is kept for backward or not."""
+    torch.manual_seed(0)
+    allowed = {8: 1e-12, 4: 1e-6, 2: 3e-3 if dtype == torch.bfloat16 else 1e-3}[dtype.itemsize]
+    for odd, weighted in ((0, True), (1, True), (0, False)):
+        o, cotangent = (2 * torch.randn(math.prod(sizes) + odd, device=device) for _ in range(2))
+        o, cotangent = (x.to(dtype)[odd:].view(sizes) for x in (o, cotangent))
+        weight = (1 + torch.randn(sizes[-1], device=device)).to(dtype)
+        inputs = [o, weight] if weighted else [o]
+        leaves, exact = ([x.detach().to(wide).requires_grad_() for x in inputs] for wide in (dtype, torch.float64))
+        leaves[0] = o.requires_grad_()
+        rest = () if weighted else (None,)
+        got, want = torch.ops.gsa.silu_norm(*leaves, *rest, 1e-5), normed(*exact, *rest, 1e-5)
+        grads, wanted = torch.autograd.grad(got, leaves, cotangent), torch.autograd.grad(want, exact, cotangent.double())
+        for x, y in zip((got, *grads), (want, *wanted)):
+            assert x.dtype == dtype and x.shape == y.shape and error(x, y, 1e-9) < allowed
+        again = torch.autograd.grad(torch.ops.gsa.silu_norm(*leaves, *rest, 1e-5), leaves, cotangent)
+        assert all(torch.equal(x, y) for x, y in zip(grads, again))
+        with torch.no_grad():
+            assert torch.equal(torch.ops.gsa.silu_norm(*leaves, *rest, 1e-5), got)
+        if weighted:
+            alone = torch.autograd.grad(torch.ops.gsa.silu_norm(*leaves, 1e-5), leaves[0], cotangent)[0]
+            fixed = torch.autograd.grad(torch.ops.gsa.silu_norm(leaves[0].detach(), leaves[1], 1e-5), leaves[1], cotangent)[0]
+            assert torch.equal(alone, grads[0]) and torch.equal(fixed, grads[1])
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64, 700, 5000])
+def test_silu_norm_of_rows(rows, device):
+    """A few rows for each block and many; every row counts once, whatever the others are."""
+    torch.manual_seed(0)
+    o, d, weight = (torch.randn(*size, device=device).bfloat16() for size in ((rows, 1024), (rows, 1024), (1024,)))
+    leaves = o.requires_grad_(), weight.requires_grad_()
+    got = torch.ops.gsa.silu_norm(*leaves, 1e-5)
+    d_o, d_weight = torch.autograd.grad(got, leaves, d)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    wanted = torch.autograd.grad(normed(*exact, 1e-5), exact, d.double())
+    assert all(error(x, y) < 3e-3 for x, y in zip((d_o, d_weight), wanted))
+    for row in (0, rows // 2, rows - 1):
+        leaf = o[row:row + 1].detach().requires_grad_()
+        one = torch.ops.gsa.silu_norm(leaf, weight, 1e-5)
+        assert torch.equal(one[0], got[row]) and torch.equal(torch.autograd.grad(one, leaf, d[row:row + 1])[0][0], d_o[row])
+
+
+@dtypes
+def test_silu_norm_of_what_is_strange(dtype, device):
+    """eps as torch has it; rows of zeros; values at both ends; other layouts; a cotangent that is one number for all; other rows do not feel a NaN."""
+    torch.manual_seed(0)
+    small = torch.full((2, 16), 1e-4, device=device).to(dtype)
+    for eps in (None, 0.0, 1e-3):
+        want = normed(small, None, eps)
+        assert torch.allclose(torch.ops.gsa.silu_norm(small, None, eps), want, rtol={8: 1e-12, 4: 1e-6, 2: 8e-3}[dtype.itemsize])
+    assert (torch.ops.gsa.silu_norm(torch.zeros_like(small), None, 1e-5) == 0).all()
+    x = torch.randn(6, 16, device=device).to(dtype)
+    x[0, :4] = torch.tensor([100.0, -100.0, 88.5, -88.5])
+    x[1, 2], x[2, 2], x[3, 2] = torch.nan, torch.inf, -torch.inf
+    leaf = x.clone().requires_grad_()
+    y = torch.ops.gsa.silu_norm(leaf, None, 1e-5)
+    (d,) = torch.autograd.grad(y[[0, 4, 5]].sum(), leaf)
+    assert error(y[[0, 4, 5]], normed(x[[0, 4, 5]].double(), None, 1e-5)) < 4e-3 and d[[0, 4, 5]].isfinite().all()
+    assert all(row.isnan().any() for row in y[1:4])
+    strided, weight = torch.randn(8, 3, 5, device=device).to(dtype).permute(1, 2, 0), torch.rand(16, device=device).to(dtype)[::2]
+    leaves, other = ([x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in (strided, weight)] for _ in range(2))
+    grads = torch.autograd.grad(torch.ops.gsa.silu_norm(*leaves, 1e-5).sum(), leaves)
+    other = [x.detach().double().requires_grad_() for x in other]
+    wanted = torch.autograd.grad(normed(*other, 1e-5).sum(), other)
+    assert not leaves[0].is_contiguous() and all(error(x, y) < 4e-3 for x, y in zip(grads, wanted))
+
+
+def test_norm_of_a_layer(device):
+    """One pass where the norm is the layer's own; where it is anything else, that is called. Autocast changes nothing that is in 16 bits already."""
+    torch.manual_seed(0)
+    norm, o = RMSNorm(48, 1e-3).to(device), torch.randn(2, 5, 48, device=device)
+    torch.nn.init.normal_(norm.weight)
+    calls = []
+
+    class Mode(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    def run(norm, o):
+        calls.clear()
+        with Mode():
+            y = silu_norm(o, norm)
+        want = norm(F.silu(o))
+        assert y.dtype == want.dtype and error(y, want, 1e-9) < (1e-6 if o.dtype == torch.float32 else 6e-3)
+        return any("silu_norm" in name for name in calls)
+
+    assert run(norm, o) and run(RMSNorm(48, elementwise_affine=False), o) and not run(norm, o.bfloat16()) and run(norm.bfloat16(), o.bfloat16())
+    with torch.autocast(device.type, torch.bfloat16):
+        assert run(norm, o.bfloat16()) and not run(norm, o) and not run(norm.float(), o.bfloat16()) and run(norm, o)
+    class Other(RMSNorm):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    assert not run(Other(48).to(device), o) and not run(torch.nn.Identity(), o)
+    handle = norm.register_forward_hook(lambda module, args, y: 3 * y)
+    assert not run(norm, o)
+    handle.remove()
+    assert run(norm, o)
+
+
+def test_silu_norm_compiled(device):
+    """What a compiler is shown is the op."""
+    torch.manual_seed(0)
+    norm, o = RMSNorm(24).to(device), torch.randn(3, 24, device=device)
+    found = []
+    for call in (torch.compile(silu_norm, fullgraph=True, backend="aot_eager"), silu_norm,
+                 torch.compile(lambda o, norm: torch.ops.gsa.silu_norm(o, norm.weight, norm.eps), fullgraph=True, backend="aot_eager")):
+        leaf = o.clone().requires_grad_()
+        y = call(leaf, norm)
+        found.append((y, *torch.autograd.grad(y.square().sum(), (leaf, norm.weight))))
+    for other in (found[0], found[2]):
+        assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(found[1], other))
+
+
 def test_torch_knows_them(device):
     x, cos = torch.randn(2, 3, 2, 8, device=device), torch.randn(1, 3, 4, device=device)
     opcheck(torch.ops.gsa.rotate.default, (x.requires_grad_(), x.detach()[:, :, :1].clone().requires_grad_(), cos, cos + 1))
@@ -157,6 +282,9 @@ def test_torch_knows_them(device):
     for options in ((), (-0.5,), (None, mask), (-0.5, mask)):
         opcheck(torch.ops.gsa.log_gate.default, (torch.randn(2, 3, 4, device=device).bfloat16().requires_grad_(), 8.0, *options))
     opcheck(torch.ops.gsa.mix.default, tuple(torch.rand(size, device=device).requires_grad_() for size in ((2, 3, 4, 8), (2, 3, 4, 8), (4,))))
+    for dtype, weight in ((torch.float32, torch.ones(24, device=device, requires_grad=True)), (torch.bfloat16, None), (torch.float64, None)):
+        opcheck(torch.ops.gsa.silu_norm.default, (torch.randn(2, 3, 24, device=device, dtype=dtype, requires_grad=True), weight, 1e-5))
+        opcheck(torch.ops.gsa.silu_norm.default, (torch.randn(2, 24, device=device, dtype=dtype),))
     y = torch.randn(1, 2, 1, 4, device=device, dtype=torch.float64, requires_grad=True)
     angle = torch.randn(1, 2, 4, device=device, dtype=torch.float64)
     z = torch.randn(1, 2, 3, 4, device=device, dtype=torch.float64, requires_grad=True)
@@ -168,6 +296,10 @@ def test_torch_knows_them(device):
     mixed = tuple(torch.rand(size, device=device, dtype=torch.float64, requires_grad=True) for size in ((2, 3, 2), (2, 3, 2), (3,)))
     for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
         assert check(torch.ops.gsa.mix, mixed)
+        for size in ((2, 3, 4), (4,)):
+            o, weight = (torch.randn(x, device=device, dtype=torch.float64, requires_grad=True) for x in (size, (4,)))
+            assert check(lambda o, weight: torch.ops.gsa.silu_norm(o, weight, 1e-2), (o, weight))
+            assert check(lambda o: torch.ops.gsa.silu_norm(o, None, 1e-2), o)
 
 
 def test_bad_input(device):
@@ -193,3 +325,13 @@ def test_bad_input(device):
     for bad in ((x.long(), x.long(), x[0, 0, :, 0].long()), (x, x.double(), x[0, 0, :, 0]), (x, x, x[0, 0, :, 0].double())):
         with pytest.raises(TypeError, match="expected"):
             torch.ops.gsa.mix(*bad)
+    o = x[0, 0]
+    for bad, match in (((o.sum(),), "o: expected shape"), ((o, o[0, :7]), "weight: expected shape"), ((o, o), "weight: expected shape"),
+                       ((o, o[0], -1.0), "eps: expected")):
+        with pytest.raises(ValueError, match=match):
+            torch.ops.gsa.silu_norm(*bad)
+    for bad, match in (((o.long(),), "o: expected a floating point dtype"), ((o, o[0].double()), "weight: expected o's dtype")):
+        with pytest.raises(TypeError, match=match):
+            torch.ops.gsa.silu_norm(*bad)
+    with pytest.raises(RuntimeError, match="move them to one device"):
+        torch.ops.gsa.silu_norm(o, o[0].to("meta"))

@@ -15,7 +15,7 @@ from transformers import initialization as init
 from gsa_ext.hf.cache import GSACacheLayer
 from gsa_ext.hf.rotary import is_half_rotation, is_half_rotation_to_the_bit
 from gsa_ext.hf.window import causal_attention, window_attention, window_step
-from gsa_ext.layer import RMSNorm, Rotary, layer_state, linears, slot_attention
+from gsa_ext.layer import RMSNorm, Rotary, layer_state, linears, silu_norm, slot_attention
 
 if TYPE_CHECKING:
     from gsa_ext.hf.families import Family
@@ -184,7 +184,7 @@ class GSAAttention(nn.Module):
             o = torch.lerp(o, beside, self.settings["mix"]) if self.window_mix is None else self.window_mix(o, beside)
         o = o.flatten(-2)
         if self.g_norm is not None:
-            o = self.g_norm(F.silu(o))
+            o = silu_norm(o, self.g_norm)
         return getattr(self, self._family.output)(o)
 
     def softmax_output(self, hidden_states: Tensor, position_embeddings: Any = None, tokens: Tokens | None = None) -> Tensor:
