@@ -148,8 +148,8 @@ __device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary
       products_wait<0>();
       hand_over(H);
       scale_rows(H, w.out[row], w.out[row + 8]);
-      sync(own, 128);  // every warp is done with the tile, and with the window
-      if (tid == 0) arrive(m.window_free + window.i);
+      sync(own, 128);  // every warp is done with the tile
+      if (kept(tid) >= 0) arrive(m.window_free + window.i);  // always; without a branch in this place the compiler spills three times as much
       store_transposed<E>(tile, H, warp);
       publish();
       sync(own, 128);
@@ -173,7 +173,7 @@ __global__ __launch_bounds__(512, 1) void forward_kernel(const __grid_constant__
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2; ++i) {
       init(m.tokens_full + i, 128), init(m.window_full + i, images ? 1 : 256);
-      init(m.keys_free + i, 4), init(m.values_free + i, 4), init(m.window_free + i, 2);
+      init(m.keys_free + i, 4), init(m.values_free + i, 4), init(m.window_free + i, 256);
     }
     init(&m.p_full, 4), init(&m.p_free, 4);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

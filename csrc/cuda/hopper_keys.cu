@@ -101,14 +101,15 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __gr
   tiles(0), tiles_of_side(0);
   const int tid = threadIdx.x % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0), row = warp * 16 + frag_row(), col = half * 32 + frag_col();
   const bool coupled = p.s.ptr == nullptr;
+  // The two have code of their own, so all of them meet at a barrier that counts.
   const auto begin_step = [&](int step, auto brings) {
     if (stages == 1 && step) {
-      __syncthreads();  // everybody is done with the stage
+      sync(1, kThreads);  // everybody is done with the stage
       if (brings()) tokens(step), tiles(step);
     }
     if (brings()) cp_async_wait_for<0>(), publish();
     wait(m.full + step % stages, step / stages & 1);
-    __syncthreads();  // and everybody is done with the step before
+    sync(1, kThreads);  // and everybody is done with the step before
     if (brings() && step == 1) tiles_of_side(1);
     if (brings() && stages > 1 && step + 1 < 2 * r) tokens(step + 1), tiles(step + 1);
   };
@@ -147,7 +148,7 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __gr
       products_wait<0>();
       hand_over(inner_all);
     }
-    __syncthreads();  // everybody is done with the stages
+    sync(1, kThreads);  // everybody is done with the stages
     float4* const to = reinterpret_cast<float4*>(m.given(bank)) + tid;
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
@@ -156,7 +157,7 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __gr
 #pragma unroll
       for (int e = 0; e < 4; ++e) inner[t][e] = inner_all[t][e], diagonal[t][e] = diagonal_all[t][e];
     }
-    __syncthreads();
+    sync(1, kThreads);
   } else {
     float dx[width / 8][4], apart[BANKS == 1 ? 1 : 8][4];
     auto& outer_all = *reinterpret_cast<float(*)[8][4]>(BANKS == 1 ? dx : apart);
@@ -210,9 +211,9 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __gr
       hand_over(dx);
       if (h == r - 1) store_window<E>(rows_of(side ? p.dv : p.dk, c, head), dx, warp, 0, c.length, bank * width);
     }
-    __syncthreads();
+    sync(1, kThreads);
     if (BANKS > 1) put(m.outer_of(bank), outer_all, tid);
-    __syncthreads();
+    sync(1, kThreads);
     const float4* const from = reinterpret_cast<const float4*>(m.given(bank)) + tid;
 #pragma unroll
     for (int t = 0; t < 4; ++t) {

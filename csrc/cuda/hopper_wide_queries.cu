@@ -290,7 +290,7 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_queries_kernel(const __g
     return;
   }
   if (threadIdx.x == 0) {
-    bulk_store(save.Y, m.tiles[0], sizeof(save.Y));
+    for (int side = 0; side < 2; ++side) bulk_store(save.Y[side], m.tiles[2 * side], sizeof(save.Y[side]));
     bulk_commit();
   }
   const E* const Yk = m.tiles[0];
