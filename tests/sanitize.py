@@ -33,7 +33,8 @@ SIZES = [  # T, HQ, H, K, V, M
 
 
 # Those that the kernels for Hopper take: as walks where they can be, in parts, and in parts for few heads.
-HOPPER = [(130, 2, 1, 128, 128, 64), (70, 2, 2, 64, 64, 24), (70, 3, 1, 64, 64, 40), (65, 1, 1, 128, 128, 64), (70, 2, 1, 128, 128, 104), (70, 2, 1, 256, 256, 40)]
+HOPPER = [(130, 2, 1, 128, 128, 64), (70, 2, 2, 64, 64, 24), (70, 3, 1, 64, 64, 40), (65, 1, 1, 128, 128, 64), (70, 2, 1, 128, 128, 104),
+          (70, 2, 1, 256, 256, 40)]
 
 RESULTS = ("o", "hk", "hv", "z", "dq", "dk", "dv", "ds", "dg", "dhk0", "dhv0", "dz0")
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16

@@ -66,8 +66,8 @@ void hopper_backward(const BackwardParams& whole) {
       continue;
     }
     float* const products = few ? reinterpret_cast<float*>(base + plan.products) : nullptr;
-    const BackwardWorkspace w{base + plan.gates, base + plan.saved, base + plan.E0, reinterpret_cast<float*>(base + plan.edge), reinterpret_cast<float*>(base + plan.dx),
-                              products};
+    const BackwardWorkspace w{
+        base + plan.gates, base + plan.saved, base + plan.E0, reinterpret_cast<float*>(base + plan.edge), reinterpret_cast<float*>(base + plan.dx), products};
     hopper_gates(p, w.gates);
     if (!p.boundary) hopper_states(states_only, w.gates, boundary, products);
     if (hopper_wide(p)) {

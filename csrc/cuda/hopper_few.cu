@@ -146,7 +146,8 @@ __global__ __launch_bounds__(kThreads) void pass_kernel(const __grid_constant__ 
 #pragma unroll
       for (int s = 0; s < 2; ++s)
 #pragma unroll
-        for (int e = 0; e < 2; ++e) f(h[s][e], ((broadcast ? 0 : pool_row) * p.H + head) * D * p.M + (side ? (state_slot + s) * D + d + e : (d + e) * p.M + state_slot + s));
+        for (int e = 0; e < 2; ++e)
+          f(h[s][e], ((broadcast ? 0 : pool_row) * p.H + head) * D * p.M + (side ? (state_slot + s) * D + d + e : (d + e) * p.M + state_slot + s));
   };
   if (const float* in = static_cast<const float*>(ends.first[side])) each_element(ends.broadcast, [&](float& x, int64_t i) { x = in[i]; });
 
@@ -237,8 +238,8 @@ void scan_few(const BackwardParams& p, const ScanEnds& ends, void* boundary, con
   select_hopper(p, [&]<class E, int D>() {
     launch(reverse ? "hopper_cotangents: products" : "hopper_states: products", products_kernel<E, D, reverse>, slots * p.H * banks_of(p) * 2, kThreads,
            products_shared<E, D>(reverse ? std::min(p.HQ / p.H, kStages) : 1), p.stream, p, Backward<E>(w), w.products);
-    launch(reverse ? "hopper_cotangents" : "hopper_states", pass_kernel<E, D, reverse>, p.N * p.H * banks_of(p) * 2 * (D / 8), kThreads, sizeof(PassShared<reverse>),
-           p.stream, p, ends, static_cast<E*>(boundary), Backward<E>(w), static_cast<const float*>(w.products));
+    launch(reverse ? "hopper_cotangents" : "hopper_states", pass_kernel<E, D, reverse>, p.N * p.H * banks_of(p) * 2 * (D / 8), kThreads,
+           sizeof(PassShared<reverse>), p.stream, p, ends, static_cast<E*>(boundary), Backward<E>(w), static_cast<const float*>(w.products));
   });
 }
 

@@ -160,7 +160,7 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __gr
     sync(1, kThreads);
   } else {
     float dx[width / 8][4], apart[BANKS == 1 ? 1 : 8][4];
-    auto& outer_all = *reinterpret_cast<float(*)[8][4]>(BANKS == 1 ? dx : apart);
+    auto& outer_all = *reinterpret_cast<float (*)[8][4]>(BANKS == 1 ? dx : apart);
 #pragma unroll 1
     for (int step = 0; step < 2 * r; ++step) {
       begin_step(step, std::true_type());

@@ -26,7 +26,7 @@ using namespace hopper;
 
 template <class E, int D, int BANKS>
 struct OutputShared {
-  alignas(1024) E q[std::max(64 * D, BANKS * kTile)];  // room for Advance's S
+  alignas(1024) E q[std::max(64 * D, kTile* BANKS)];  // room for Advance's S
   E k[64 * D], v[64 * D], H[2][BANKS][64 * D], S[BANKS][2][kTile], P[BANKS][2][kTile];
   float in[BANKS * kSlots], sums[2 * BANKS][64];
   uint64_t S_full;
@@ -125,7 +125,8 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void output_kernel(const __
       wait(&m.S_full, 0);
     } else {
       float* const R_tile = reinterpret_cast<float*>(m.P);
-      end = make_window<E, D, BANKS>(p, blockIdx.x / turns / p.H, head, begin, Advance<E>{m.q, m.sums[0]}, R_tile, m.S[0][0], m.in, m.H[0][0], m.k, m.v, states);
+      end =
+          make_window<E, D, BANKS>(p, blockIdx.x / turns / p.H, head, begin, Advance<E>{m.q, m.sums[0]}, R_tile, m.S[0][0], m.in, m.H[0][0], m.k, m.v, states);
       load_R(R, R_tile + bank * kTile, tid / 32 * 16 + frag_row(), half * 32 + frag_col());
       __syncthreads();
       load_tokens<D, kThreads>(m.q, rows_of(p.q, c, first_head), c.length, threadIdx.x);
@@ -134,7 +135,8 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void output_kernel(const __
 
 #pragma unroll 1
     for (int q_head = first_head; q_head < first_head + heads; ++q_head) {
-      auto& m = *reinterpret_cast<OutputShared<E, D, BANKS>*>(memory + kept(0));  // addresses are made where they are used: there are no registers to keep them in
+      // Addresses are made where they are used: there are no registers to keep them in.
+      auto& m = *reinterpret_cast<OutputShared<E, D, BANKS>*>(memory + kept(0));
       const int thread = kept(threadIdx.x), warp = __shfl_sync(0xffffffffu, thread % 128 / 32, 0);
       cut || q_head > first_head ? cp_async_wait_for<0>() : cp_async_wait_for<1>();
       publish();

@@ -48,7 +48,7 @@ static_assert(sizeof(QueriesShared<bf16, 128, 1>) <= 113 * 1024 && sizeof(Querie
 
 template <class E, int D, int BANKS>
 __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void queries_kernel(const __grid_constant__ BackwardParams p, const E* boundary,
-                                                              const __grid_constant__ Backward<E> w, int heads) {
+                                                                         const __grid_constant__ Backward<E> w, int heads) {
 #if GSA_HOPPER
   extern __shared__ __align__(1024) char memory[];
   using Shared = QueriesShared<E, D, BANKS>;

@@ -76,7 +76,8 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
       const int64_t x_head = reverse ? head * r + s % r : head;
       if (threadIdx.x == 0) {
         arrive_expecting(m.full + stage, 2 * kTile * 2);
-        const E* from = reverse ? reinterpret_cast<const Left*>(w.saved)[(next.slot * p.HQ + x_head) * banks + bank].Y[side][0] : w.gates[next.slot * heads + id].S[0];
+        const E* from =
+            reverse ? reinterpret_cast<const Left*>(w.saved)[(next.slot * p.HQ + x_head) * banks + bank].Y[side][0] : w.gates[next.slot * heads + id].S[0];
         bulk_load(m.Y[stage], from, 2 * kTile * 2, m.full + stage);
       }
       Rows x = rows_of(reverse ? side ? p.d_o : p.q : side ? p.v : p.k, next, x_head);

@@ -474,8 +474,8 @@ int64_t hopper_windows_blocks(const Params& p) {
 void hopper_windows(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w) {
   const int64_t chunks = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, kChunk) * p.H;
   select_banks(p, [&]<class E, int D, int BANKS>() {
-    launch("hopper_windows", windows_kernel<E, D, BANKS>, hopper_windows_blocks(p), 384, sizeof(WindowsShared<E, D>), p.stream, p, static_cast<const E*>(boundary),
-           Backward<E>(w), static_cast<int>(chunks));
+    launch("hopper_windows", windows_kernel<E, D, BANKS>, hopper_windows_blocks(p), 384, sizeof(WindowsShared<E, D>), p.stream, p,
+           static_cast<const E*>(boundary), Backward<E>(w), static_cast<int>(chunks));
   });
 }
 
