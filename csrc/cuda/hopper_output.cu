@@ -5,17 +5,18 @@
 //     P  = p R
 //     A2 = tril(P S^T)                                o  = A2 v + (P exp(ref)) Hv
 //
-// S, R, ref are those of hopper_gates.cu, the states those of hopper_scan.cu. The windows of a chunk that has several are made here, one after the other. Two
-// warpgroups for a bank, each with 32 slots (o1, p, P) and its share of the dimensions (o); what is [64 x 64] tokens is made by all. Operands in two parts: X, S, P,
-// A2, except P exp(ref). With one bank two blocks on a multiprocessor: while one waits the other works.
+// S, R, ref are those of hopper_gates.cu, the states those of hopper_scan.cu. Two warpgroups for a bank, each with 32 slots (o1, p, P) and its share of the dimensions
+// (o); what is [64 x 64] tokens is made by all. Operands in two parts: X, S, P, A2, except P exp(ref). With one bank two blocks on a multiprocessor: while one waits
+// the other works. A chunk of several windows: o1, A2 and P exp(G) token by token (core/exact.cuh), in a branch of its own.
 //
-//     shared memory      written by            read until
-//     q                  cp.async              o1 is there: then the next head's is on its way
-//     k, Hk; v, Hv       cp.async              the end
-//     S (two parts), in  bulk copy             the end
-//     P (two parts)      all                   o
+//     shared memory      written by            read until                                                      in a chunk of several windows
+//     q                  cp.async              o1 is there: then the next head's is on its way                 later X, then A2; p exp(G)
+//     k, Hk              cp.async              the end                                                         the same, for each head anew
+//     v; Hv              cp.async              the end
+//     S (two parts), in  bulk copy             the end                                                         exp(g)
+//     P (two parts)      all                   o                                                               s
 //     sums               all                   P: log2 of the sum of 2^(o1 scale log2 e) over a warpgroup's slots, of every row
-#include "core/hopper.cuh"
+#include "core/exact.cuh"
 #include "core/select.cuh"
 #include "hopper.h"
 
@@ -26,48 +27,20 @@ using namespace hopper;
 
 template <class E, int D, int BANKS>
 struct OutputShared {
-  alignas(1024) E q[std::max(64 * D, kTile* BANKS)];  // room for Advance's S
-  E k[64 * D], v[64 * D], H[2][BANKS][64 * D], S[BANKS][2][kTile], P[BANKS][2][kTile];
+  static constexpr int tokens = 64 * D, first = std::max((2 + BANKS) * tokens, 2 * BANKS * 2 * kTile);
+  alignas(1024) E qkH[first], Hv[BANKS][tokens], v[tokens], S[BANKS][2][kTile], P[BANKS][2][kTile];
   float in[BANKS * kSlots], sums[2 * BANKS][64];
   uint64_t S_full;
+  __device__ E* q() { return qkH; }
+  __device__ E* k() { return qkH + tokens; }
+  __device__ E* Hk(int bank) { return qkH + (2 + bank) * tokens; }
+  // Of a chunk of several windows: exp(g), s; in the place of q, k, Hk: X, then A2; o1, then p, then p exp(G).
+  __device__ float* exact_a(int bank) { return reinterpret_cast<float*>(S[bank]); }
+  __device__ float* exact_s(int bank) { return reinterpret_cast<float*>(P[bank]); }
+  __device__ float* exact_X(int bank) { return reinterpret_cast<float*>(qkH) + bank * kTile; }
+  __device__ float* exact_O(int bank) { return reinterpret_cast<float*>(qkH) + (BANKS + bank) * kTile; }
 };
 static_assert(sizeof(OutputShared<bf16, 128, 1>) <= 113 * 1024 && sizeof(OutputShared<bf16, 128, 2>) <= 227 * 1024);
-
-// x of 32 slots, those of this warpgroup (`own`), rows over all: exp2(c x) over its sum.
-template <int SHARES>
-__device__ inline void softmax_of_shares(float (&x)[4][4], float c, int M, float (&sums)[SHARES][64], int own, int row) {
-  float top[2], sum[2];
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    top[h] = -INFINITY, sum[h] = 0.f;
-#pragma unroll
-    for (int t = 0; t < 4; ++t)
-#pragma unroll
-      for (int e = 2 * h; e < 2 * h + 2; ++e) x[t][e] = own * 32 + t * 8 < M ? x[t][e] * c : -INFINITY, top[h] = fmaxf(top[h], x[t][e]);
-    top[h] = fmaxf(quad_max(top[h]), -1e30f);  // a share without slots
-#pragma unroll
-    for (int t = 0; t < 4; ++t)
-#pragma unroll
-      for (int e = 2 * h; e < 2 * h + 2; ++e) x[t][e] = fast_exp2(x[t][e] - top[h]), sum[h] += x[t][e];
-    sum[h] = top[h] + __log2f(quad_sum(sum[h]));
-    if ((lane_id() & 3) == 0) sums[own][row + 8 * h] = sum[h];
-  }
-  __syncthreads();
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    float all = sum[h];
-#pragma unroll
-    for (int i = 1; i < SHARES; ++i) {
-      const float other = sums[own ^ i][row + 8 * h];
-      all = fmaxf(all, other) + __log2f(1.f + fast_exp2(-fabsf(all - other)));
-    }
-    const float f = fast_exp2(top[h] - all);
-#pragma unroll
-    for (int t = 0; t < 4; ++t)
-#pragma unroll
-      for (int e = 2 * h; e < 2 * h + 2; ++e) x[t][e] *= f;
-  }
-}
 
 template <int NT>
 __device__ inline void multiply(float (&x)[NT][4], const float (&y)[NT][4]) {
@@ -75,6 +48,96 @@ __device__ inline void multiply(float (&x)[NT][4], const float (&y)[NT][4]) {
   for (int t = 0; t < NT; ++t)
 #pragma unroll
     for (int e = 0; e < 4; ++e) x[t][e] *= y[t][e];
+}
+
+// A chunk of several windows, whose tokens and states are on their way. Finds everything anew: what the usual way keeps in registers is its own.
+template <class E, int D, int BANKS>
+__device__ __forceinline__ void exact_output(const ForwardParams& p, char* memory, const E* boundary, int heads) {
+#if GSA_HOPPER
+  constexpr int kThreads = 256 * BANKS, width = D / (2 * BANKS);
+  const int r = p.HQ / p.H, turns = r / heads, block = kept(blockIdx.x), slot = block / turns / p.H, head = block / turns % p.H;
+  const int first_head = head * r + block % turns * heads;
+  Chunk c;
+  if (!find_chunk(p, slot, kChunk, c)) return;
+  {
+    auto& m = *reinterpret_cast<OutputShared<E, D, BANKS>*>(memory);
+    const int bank = threadIdx.x / kExactThreads;
+    exact_gates<E>(p, slot, head, bank, m.exact_a(bank), m.exact_s(bank));
+  }
+#pragma unroll 1
+  for (int q_head = first_head; q_head < first_head + heads; ++q_head) {
+    auto& m = *reinterpret_cast<OutputShared<E, D, BANKS>*>(memory + kept(0));
+    const int thread = kept(threadIdx.x), own = __shfl_sync(0xffffffffu, thread / 128, 0), bank = own / 2, half = own % 2;
+    const int warp = __shfl_sync(0xffffffffu, thread % 128 / 32, 0), row = warp * 16 + frag_row(), col = half * 32 + frag_col();
+    float *const a = m.exact_a(bank), *const s = m.exact_s(bank), *const X = m.exact_X(bank), *const O = m.exact_O(bank);
+    if (q_head > first_head) {
+      const E* const states = boundary + (c.slot * p.H + head) * 2 * int64_t(D) * p.M;
+      __syncthreads();  // X and O are done with
+      load_tokens<D, kThreads>(m.q(), rows_of(p.q, c, q_head), c.length, threadIdx.x);
+      load_tokens<D, kThreads>(m.k(), rows_of(p.k, c, head), c.length, threadIdx.x);
+      for (int b = 0; b < BANKS; ++b) load_state<D, kThreads>(m.Hk(b), states, p.M, threadIdx.x, b);
+      cp_async_commit();
+    }
+    cp_async_wait_for<0>();
+    publish();
+    __syncthreads();
+    {
+      float x[4][4], o1[4][4];
+      hand_over(x);
+      hand_over(o1);
+      products_begin();
+      product<E, D / 16, 0, 0>(x, kmajor(m.q()), kmajor(m.k() + half * 32 * 64), false);
+      product<E, D / 16, 0, 1>(o1, kmajor(m.q()), mnmajor(m.Hk(bank) + half * 32), false);
+      products_commit();
+      products_wait<0>();
+      hand_over(x);
+      hand_over(o1);
+      __syncthreads();  // q, k and Hk are done with
+      store_R(X, x, row, col);
+      store_R(O, o1, row, col);
+      __syncthreads();
+      exact_apply_with_diagonal(a, s, O, X);
+      __syncthreads();
+      load_R(o1, O, row, col);
+      softmax_of_shares(o1, static_cast<float>(p.scale) * 1.4426950408889634f, p.M, m.sums, own, row);  // everybody has read O
+      store_R(O, o1, row, col);
+      __syncthreads();
+      exact_contract(a, s, O, X);
+    }
+    __syncthreads();
+    float o[width / 8][4];
+    zero(o);
+    float x[8][4];
+    load_R(x, m.exact_X(0), row, frag_col());
+    if constexpr (BANKS > 1) {
+      float y[8][4];
+      load_R(y, m.exact_X(1), row, frag_col());
+      add(x, y);
+    }
+    const auto A2 = split<E>(x);
+    load_R(x, m.exact_O(0), row, frag_col());
+    auto P_in = operand<E>(x);
+    hand_over(o);
+    products_begin();
+    product<E, 1>(o, A2.hi, mnmajor(columns<E>(m.v, own * width)));
+    product<E, 1>(o, A2.lo, mnmajor(columns<E>(m.v, own * width)));
+    product<E, 0>(o, P_in, kmajor(m.Hv[0] + own * width * 64));
+    products_commit();
+    products_wait<0>();
+    hand_over(o);
+    if constexpr (BANKS > 1) {
+      load_R(x, m.exact_O(1), row, frag_col());
+      P_in = operand<E>(x);
+      hand_over(o);
+      products_begin();
+      product<E, 0>(o, P_in, kmajor(m.Hv[1] + own * width * 64));
+      products_commit();
+      products_wait<0>();
+      hand_over(o);
+    }
+    store_window<E>(rows_of(p.o, c, q_head), o, warp, 0, c.length, own * width);
+  }
+#endif
 }
 
 template <class E, int D, int BANKS>
@@ -95,12 +158,12 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void output_kernel(const __
   const bool cut = image->cut;
   // Everything is on its way before anything is waited for.
   const E* const states = boundary + (c.slot * p.H + head) * 2 * int64_t(D) * p.M;
-  load_tokens<D, kThreads>(m.q, rows_of(p.q, c, first_head), c.length, threadIdx.x);
-  load_tokens<D, kThreads>(m.k, rows_of(p.k, c, head), c.length, threadIdx.x);
-  for (int b = 0; b < BANKS; ++b) load_state<D, kThreads>(m.H[0][b], states, p.M, threadIdx.x, b);
+  load_tokens<D, kThreads>(m.q(), rows_of(p.q, c, first_head), c.length, threadIdx.x);
+  load_tokens<D, kThreads>(m.k(), rows_of(p.k, c, head), c.length, threadIdx.x);
+  for (int b = 0; b < BANKS; ++b) load_state<D, kThreads>(m.Hk(b), states, p.M, threadIdx.x, b);
   cp_async_commit();
   load_tokens<D, kThreads>(m.v, rows_of(p.v, c, head), c.length, threadIdx.x);
-  for (int b = 0; b < BANKS; ++b) load_state<D, kThreads>(m.H[1][b], states + int64_t(D) * p.M, p.M, threadIdx.x, b);
+  for (int b = 0; b < BANKS; ++b) load_state<D, kThreads>(m.Hv[b], states + int64_t(D) * p.M, p.M, threadIdx.x, b);
   cp_async_commit();
   if (threadIdx.x == 0 && !cut) {
     init(&m.S_full, 1);
@@ -113,81 +176,68 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void output_kernel(const __
   }
   const int own = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), bank = own / 2, half = own % 2, tid = threadIdx.x % 128;
   __syncthreads();
-#pragma unroll 1
-  for (int begin = 0, end = c.length; begin < c.length; begin = end) {
-    float R[4][4];
-    if (!cut) {
+  if (cut) return exact_output<E, D, BANKS>(p, memory + kept(0), boundary, heads);
+  float R[4][4];
 #pragma unroll
-      for (int t = 0; t < 4; ++t) {
-        const float4 x = reinterpret_cast<const float4*>(image[bank].R)[half * 512 + t * 128 + tid];
-        R[t][0] = x.x, R[t][1] = x.y, R[t][2] = x.z, R[t][3] = x.w;
-      }
-      wait(&m.S_full, 0);
-    } else {
-      float* const R_tile = reinterpret_cast<float*>(m.P);
-      end =
-          make_window<E, D, BANKS>(p, blockIdx.x / turns / p.H, head, begin, Advance<E>{m.q, m.sums[0]}, R_tile, m.S[0][0], m.in, m.H[0][0], m.k, m.v, states);
-      load_R(R, R_tile + bank * kTile, tid / 32 * 16 + frag_row(), half * 32 + frag_col());
-      __syncthreads();
-      load_tokens<D, kThreads>(m.q, rows_of(p.q, c, first_head), c.length, threadIdx.x);
-      cp_async_commit();
-    }
+  for (int t = 0; t < 4; ++t) {
+    const float4 x = reinterpret_cast<const float4*>(image[bank].R)[half * 512 + t * 128 + tid];
+    R[t][0] = x.x, R[t][1] = x.y, R[t][2] = x.z, R[t][3] = x.w;
+  }
+  wait(&m.S_full, 0);
 
 #pragma unroll 1
-    for (int q_head = first_head; q_head < first_head + heads; ++q_head) {
-      // Addresses are made where they are used: there are no registers to keep them in.
-      auto& m = *reinterpret_cast<OutputShared<E, D, BANKS>*>(memory + kept(0));
-      const int thread = kept(threadIdx.x), warp = __shfl_sync(0xffffffffu, thread % 128 / 32, 0);
-      cut || q_head > first_head ? cp_async_wait_for<0>() : cp_async_wait_for<1>();
-      publish();
-      __syncthreads();  // and P and the sums are done with
-      float o1[4][4], none[2];
-      scores<E, D, true>(o1, none, m.q, m.k, m.H[0][bank] + half * 32, m.S[bank][0] + half * 32, m.in + own * 32, warp);
-      multiply(o1, R);
-      softmax_of_shares(o1, static_cast<float>(p.scale) * 1.4426950408889634f, p.M, m.sums, own, warp * 16 + frag_row());  // q is done with
-      if (q_head + 1 < first_head + heads) load_tokens<D, kThreads>(m.q, rows_of(p.q, c, q_head + 1), c.length, threadIdx.x);
-      cp_async_commit();
-      multiply(o1, R);
-      {
-        const auto P = split<E>(o1);
-        store_operand<E>(m.P[bank][0], P.hi, warp, half * 32);
-        store_operand<E>(m.P[bank][1], P.lo, warp, half * 32);
-      }
-      cp_async_wait_for<1>();  // v and Hv
-      publish();
-      __syncthreads();
-      float x[8][4];
-      hand_over(x);
-      products_begin();
-#pragma unroll
-      for (int b = 0; b < BANKS; ++b) {
-        product<E, 4, 0, 0>(x, kmajor(m.P[b][0]), kmajor(m.S[b][0]), b > 0);
-        product<E, 4, 0, 0>(x, kmajor(m.P[b][1]), kmajor(m.S[b][0]), true);
-        product<E, 4, 0, 0>(x, kmajor(m.P[b][0]), kmajor(m.S[b][1]), true);
-      }
-      products_commit();
-      typename Arith<E>::template Op<64> P_in = operand_times(m.P[0][0], m.in, warp);
-      products_wait<0>();
-      hand_over(x);
-      keep<true, 0>(x, warp);
-      const auto A2 = split<E>(x);
-      float o[width / 8][4];
-      zero(o);
-      hand_over(o);
-      products_begin();
-      product<E, 1>(o, A2.hi, mnmajor(columns<E>(m.v, own * width)));
-      product<E, 1>(o, A2.lo, mnmajor(columns<E>(m.v, own * width)));
-#pragma unroll
-      for (int b = 0; b < BANKS; ++b) {
-        if (b) P_in = operand_times(m.P[b][0], m.in + b * kSlots, warp);
-        product<E, 0>(o, P_in, kmajor(m.H[1][b] + own * width * 64));
-      }
-      products_commit();
-      products_wait<0>();
-      hand_over(o);
-      store_window<E>(rows_of(p.o, c, q_head), o, warp, begin, end, own * width);
+  for (int q_head = first_head; q_head < first_head + heads; ++q_head) {
+    // Addresses are made where they are used: there are no registers to keep them in.
+    auto& m = *reinterpret_cast<OutputShared<E, D, BANKS>*>(memory + kept(0));
+    const int thread = kept(threadIdx.x), warp = __shfl_sync(0xffffffffu, thread % 128 / 32, 0);
+    q_head > first_head ? cp_async_wait_for<0>() : cp_async_wait_for<1>();
+    publish();
+    __syncthreads();  // and P and the sums are done with
+    float o1[4][4], none[2];
+    scores<E, D, true>(o1, none, m.q(), m.k(), m.Hk(bank) + half * 32, m.S[bank][0] + half * 32, m.in + own * 32, warp);
+    multiply(o1, R);
+    softmax_of_shares(o1, static_cast<float>(p.scale) * 1.4426950408889634f, p.M, m.sums, own, warp * 16 + frag_row());  // q is done with
+    if (q_head + 1 < first_head + heads) load_tokens<D, kThreads>(m.q(), rows_of(p.q, c, q_head + 1), c.length, thread);
+    cp_async_commit();
+    multiply(o1, R);
+    {
+      const auto P = split<E>(o1);
+      store_operand<E>(m.P[bank][0], P.hi, warp, half * 32);
+      store_operand<E>(m.P[bank][1], P.lo, warp, half * 32);
     }
+    cp_async_wait_for<1>();  // v and Hv
+    publish();
     __syncthreads();
+    float x[8][4];
+    hand_over(x);
+    products_begin();
+#pragma unroll
+    for (int b = 0; b < BANKS; ++b) {
+      product<E, 4, 0, 0>(x, kmajor(m.P[b][0]), kmajor(m.S[b][0]), b > 0);
+      product<E, 4, 0, 0>(x, kmajor(m.P[b][1]), kmajor(m.S[b][0]), true);
+      product<E, 4, 0, 0>(x, kmajor(m.P[b][0]), kmajor(m.S[b][1]), true);
+    }
+    products_commit();
+    typename Arith<E>::template Op<64> P_in = operand_times(m.P[0][0], m.in, warp);
+    products_wait<0>();
+    hand_over(x);
+    keep<true, 0>(x, warp);
+    const auto A2 = split<E>(x);
+    float o[width / 8][4];
+    zero(o);
+    hand_over(o);
+    products_begin();
+    product<E, 1>(o, A2.hi, mnmajor(columns<E>(m.v, own * width)));
+    product<E, 1>(o, A2.lo, mnmajor(columns<E>(m.v, own * width)));
+#pragma unroll
+    for (int b = 0; b < BANKS; ++b) {
+      if (b) P_in = operand_times(m.P[b][0], m.in + b * kSlots, warp);
+      product<E, 0>(o, P_in, kmajor(m.Hv[b] + own * width * 64));
+    }
+    products_commit();
+    products_wait<0>();
+    hand_over(o);
+    store_window<E>(rows_of(p.o, c, q_head), o, warp, 0, c.length, own * width);
   }
 #endif
 }

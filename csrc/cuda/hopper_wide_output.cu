@@ -10,7 +10,7 @@
 //     o  = A2 v + (P exp(ref)) Hv, of each query head of the group                    Hv <- exp(G_end - ref) (exp(ref) Hv + S^T v)
 //
 // S, R, ref are those of hopper_gates.cu, Hk that of hopper_scan.cu, whose values' states these are, bit for bit. A chunk of several windows: o1, A2 and P exp(G) token by
-// token (core/wide.cuh). In the first kernel two warpgroups, each with half of the columns of X and A2 and of the slots; two blocks on a multiprocessor. Operands in
+// token (core/exact.cuh). In the first kernel two warpgroups, each with half of the columns of X and A2 and of the slots; two blocks on a multiprocessor. Operands in
 // two parts: X, S, P, A2, except P exp(ref).
 //
 //     shared memory of the first        written by            read until
@@ -39,17 +39,6 @@ struct Exact {  // in `tiles`
   float a[kTile], s[kTile], X[kTile], O[kTile];
 };
 static_assert(sizeof(Exact) <= sizeof(WideOutputShared<bf16>::tiles));
-
-// X becomes A2, O, which holds p, p exp(G).
-[[maybe_unused]] __device__ __noinline__ void exact_outputs(Exact& m) {
-  const int i = threadIdx.x / 4;
-  float y[16];
-  RowSlots::load<false>(y, m.O, i);
-  exact_contract(y, m.a, m.s, [&](int j, float x) {
-    if (threadIdx.x % 4 == 0) m.X[R_at(i, j)] = x;
-  });
-  RowSlots::store(m.O, i, y);
-}
 
 // Of a chunk and query head: A2 in two parts, P exp(ref).
 template <class E>
@@ -139,7 +128,7 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_scores_kernel(const __gr
     for (int t = 0; t < 4; ++t)
 #pragma unroll
       for (int e = 0; e < 4; ++e) o1[t][e] *= R[t][e] * scale;
-    softmax_over_halves(o1, p.M, m.sums, half, row);  // X is done with
+    softmax_of_shares(o1, 1.f, p.M, m.sums, half, row);  // X is done with
     times(o1, R);
     {
       const auto P = split<E>(o1);
@@ -164,21 +153,21 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_scores_kernel(const __gr
     store_operand<E>(A[0], A2.hi, warp, half * 32);
     store_operand<E>(A[1], A2.lo, warp, half * 32);
   } else {
-    exact_gates<E>(p, c.slot, head, exact.a, exact.s);
+    exact_gates<E>(p, c.slot, head, 0, exact.a, exact.s);
     store_R(exact.X, x, row, col);
     store_R(exact.O, o1, row, col);
     __syncthreads();
-    exact_apply<true>(exact.O, exact.X, exact.a, exact.s);
+    exact_apply_with_diagonal(exact.a, exact.s, exact.O, exact.X);
     __syncthreads();
     load_R(o1, exact.O, row, col);
 #pragma unroll
     for (int t = 0; t < 4; ++t)
 #pragma unroll
       for (int e = 0; e < 4; ++e) o1[t][e] *= scale;
-    softmax_over_halves(o1, p.M, m.sums, half, row);  // both halves have read O
+    softmax_of_shares(o1, 1.f, p.M, m.sums, half, row);  // both halves have read O
     store_R(exact.O, o1, row, col);
     __syncthreads();
-    exact_outputs(exact);
+    exact_contract(exact.a, exact.s, exact.O, exact.X);
     __syncthreads();
     load_R(o1, exact.O, row, col);
     load_R(x, exact.X, row, col);

@@ -8,7 +8,7 @@
 //     T     = o1 do1 + p dp - S inner, o1 and dp without their diagonals              U = (inner + diagonal of X1 Yk + diagonal of X2 Yv) / R
 //
 // and Yk, Yv for hopper_scan.cu; A1, A2, Yk exp(ref), T, U for hopper_wide_keys.cu (WideSaved). S, R, ref are those of hopper_gates.cu. A chunk of several windows:
-// what has S or R in it token by token (core/wide.cuh), Y relative to the chunk's beginning, and exp(G_end - G_j) in the place of R, for hopper_wide_keys.cu. Two
+// what has S or R in it token by token (core/exact.cuh), Y relative to the chunk's beginning, and exp(G_end - G_j) in the place of R, for hopper_wide_keys.cu. Two
 // warpgroups, each with half of the columns of X and A, and of the slots. Operands in two parts: X, S, Y. Two blocks on a multiprocessor.
 //
 //     shared memory      written by            read until
@@ -42,17 +42,13 @@ static_assert(sizeof(Exact) <= sizeof(WideQueriesShared<bf16>::tiles));
 // m.O, other: yk, yv, without R. Saves Y and A; inner is left in m.X, exp(G_end - G_j) in X, which holds that of the keys.
 template <class E>
 __device__ __noinline__ void exact_queries(Exact& m, float* X, const float* other, WideSaved<E>& save) {
-  const int i = threadIdx.x / 4;
+  const int i = RowSlots::row();
   {
-    float inner[16], f[16], x[16];
+    float inner[16], f[16];
 #pragma unroll
-    for (int n = 0; n < 16; ++n) inner[n] = 0.f, f[n] = 1.f;
-#pragma unroll 1
-    for (int u = i & ~7; u < 64; ++u) {  // a warp's rows together
-      if (u <= i) continue;
-      RowSlots::load<true>(x, m.a, u);
-#pragma unroll
-      for (int n = 0; n < 16; ++n) f[n] *= x[n];
+    for (int n = 0; n < 16; ++n) inner[n] = 0.f;
+    exact_inner(f, m.a, [&](int u) {
+      float x[16];
       const float k = X[R_at(u, i)], v = m.X[R_at(u, i)];
       RowSlots::load<false>(x, m.O, u);
 #pragma unroll
@@ -60,10 +56,10 @@ __device__ __noinline__ void exact_queries(Exact& m, float* X, const float* othe
       RowSlots::load<false>(x, other, u);
 #pragma unroll
       for (int n = 0; n < 16; ++n) inner[n] += f[n] * (v * x[n]);
-    }
+    });
     __syncthreads();
-    RowSlots::store(m.X, i, inner);
-    RowSlots::store(X, i, f);
+    RowSlots::store<false>(m.X, i, inner);
+    RowSlots::store<false>(X, i, f);
   }
 #pragma unroll 1
   for (int side = 0; side < 2; ++side) {
@@ -197,12 +193,11 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_queries_kernel(const __g
       }
     times(o, R), times(dp, R);
   } else {
-    exact_gates<E>(p, c.slot, head, exact.a, exact.s);
+    exact_gates<E>(p, c.slot, head, 0, exact.a, exact.s);
     store_R(exact.O, o, row, col);
     store_R(other, dp, row, col);
     __syncthreads();
-    exact_apply<false>(exact.O, reinterpret_cast<const float*>(m.X), exact.a, exact.s);
-    exact_apply<false>(other, exact.X, exact.a, exact.s);
+    exact_apply(exact.a, exact.s, exact.O, reinterpret_cast<const float*>(m.X), other, exact.X, nullptr);
     __syncthreads();
     load_R(o, exact.O, row, col);
     load_R(dp, other, row, col);
@@ -225,7 +220,7 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_queries_kernel(const __g
     for (int t = 0; t < 4; ++t)
 #pragma unroll
       for (int e = 0; e < 4; ++e) y[t][e] = fmaf(d[e >> 1], s[t][e], o[t][e]) * (scale * 1.4426950408889634f);
-    softmax_over_halves(y, p.M, m.sums, half, row);
+    softmax_of_shares(y, 1.f, p.M, m.sums, half, row);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       dot[h] = 0.f;
