@@ -40,18 +40,15 @@ void hopper_backward(const BackwardParams& p);
 // Where hopper_fuses, in one kernel after the forward walk.
 void hopper_fused(const BackwardParams& p, const void* boundary);
 
-// Else in parts, after hopper_gates and hopper_states, in this order. hopper_windows does what hopper_keys leaves: chunks of several windows. The workspace is what
-// the parts leave for each other (Backward, core/hopper.cuh).
+// Else in parts, after hopper_gates and hopper_states, in this order. The workspace is what the parts leave for each other (Backward, core/hopper.cuh).
 struct BackwardWorkspace {
   void *gates, *saved, *E0;
-  float *edge, *dx, *products;  // products: as in hopper_states
+  float *edge, *products;  // products: as in hopper_states
 };
 void hopper_queries(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w);
 void hopper_cotangents(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w);
 void hopper_keys(const BackwardParams& p, const BackwardWorkspace& w);
-void hopper_windows(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w);
-int64_t hopper_windows_blocks(const Params& p);
-// Where hopper_wide, around the same scan: dq is made by the last part, and there is none for chunks of several windows.
+// Where hopper_wide, around the same scan: dq is made by the last part.
 void hopper_wide_queries(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w);
 void hopper_wide_keys(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w);
 

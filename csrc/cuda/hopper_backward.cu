@@ -9,7 +9,7 @@ namespace {
 int slices(const Params& p) { return !hopper_fuses(p) && !p.cu_seqlens && p.N % 2 == 0 && p.N * p.H >= 64 ? 2 : 1; }
 
 struct Plan {
-  int64_t boundary = 0, gates = 0, saved = 0, E0 = 0, edge = 0, dx = 0, products = 0, bytes = 0;
+  int64_t boundary = 0, gates = 0, saved = 0, E0 = 0, edge = 0, products = 0, bytes = 0;
   Plan(const Params& p, bool few) {
     auto take = [&](int64_t n) {
       const int64_t at = bytes;
@@ -23,7 +23,6 @@ struct Plan {
     saved = take(slots * p.HQ * banks * static_cast<int64_t>(hopper_wide(p) ? sizeof(hopper::WideSaved<half>) : sizeof(hopper::Saved<half>)));
     E0 = take(chunks * banks * 3 * 64 * p.K * 2);
     edge = take(chunks * banks * 2 * p.K * 4);
-    if (banks > 1) dx = take(hopper_windows_blocks(p) * 2 * 64 * p.K * 4);
     if (few) products = take(hopper_products_bytes(p));
   }
 };
@@ -66,8 +65,7 @@ void hopper_backward(const BackwardParams& whole) {
       continue;
     }
     float* const products = few ? reinterpret_cast<float*>(base + plan.products) : nullptr;
-    const BackwardWorkspace w{
-        base + plan.gates, base + plan.saved, base + plan.E0, reinterpret_cast<float*>(base + plan.edge), reinterpret_cast<float*>(base + plan.dx), products};
+    const BackwardWorkspace w{base + plan.gates, base + plan.saved, base + plan.E0, reinterpret_cast<float*>(base + plan.edge), products};
     hopper_gates(p, w.gates);
     if (!p.boundary) hopper_states(states_only, w.gates, boundary, products);
     if (hopper_wide(p)) {
@@ -79,7 +77,6 @@ void hopper_backward(const BackwardParams& whole) {
     hopper_queries(p, boundary, w);
     hopper_cotangents(p, boundary, w);
     hopper_keys(p, w);
-    hopper_windows(p, boundary, w);
   }
 }
 

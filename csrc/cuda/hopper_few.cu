@@ -6,7 +6,7 @@
 //     pass_kernel        H to the boundary states                          E = exp(G_end - ref) dH, edge = exp(G_end) <H, dH>          every element by itself
 //                        H <- exp(G_end) H + P                             dH <- exp(ref) E + P
 //
-// All in fp32; P lies in memory between the two, 256 D bytes for a chunk, key/value head, bank and side. X, Y, S as there; a chunk of several windows has exp(ref) in Y.
+// All in fp32; P lies in memory between the two, 256 D bytes for a chunk, key/value head, bank and side. X, Y, S as there; of a chunk of several windows exp(G) is put into Y.
 //
 // products_kernel: a block has one chunk, key/value head, bank and side, the query heads of the group one after the other, the tiles of the next one on their way.
 // pass_kernel: a thread has two slots and two dimensions, a block 512 elements: forward 64 slots and 8 dimensions, backward 8 slots and 64 dimensions, so that states

@@ -1,6 +1,5 @@
 // Chunked backward for Hopper (sm_90a), last part: the gradients of k, v, s and g. One block for each chunk and key/value head, first its keys, then its values;
-// S, R are those of hopper_gates.cu, Y (Yk, Yv) and e of hopper_queries.cu, E and the edges of hopper_scan.cu. A chunk of several windows is left to
-// hopper_windows.cu.
+// S, R are those of hopper_gates.cu, Y (Yk, Yv) and e of hopper_queries.cu, E and the edges of hopper_scan.cu.
 //
 //                            keys                               values
 //     A, B                   q, k                               d_o, v
@@ -14,7 +13,11 @@
 // Neither e nor inner has the diagonal, and what comes from after the chunk is summed from the front: nothing large is left to cancel (chunk_backward.cu).
 //
 // Two warpgroups for a bank. The first has inner and the diagonal, the second outer, and dk and dv: all dimensions, with two banks half of them. In the end they
-// give each other half of the slots, for ds and dg. With one bank two blocks on a multiprocessor. What has to be more exact than 16 bits is an operand in two parts: X in inner, S, Y, W and E of the values, the terms of dg.
+// give each other half of the slots, for ds and dg. With one bank two blocks on a multiprocessor. What has to be more exact than 16 bits is an operand in two parts: X
+// in inner, S, Y, W and E of the values, the terms of dg.
+//
+// A chunk of several windows, in a branch of its own: S is relative to the chunk's end, E the cotangent after it, Y relative to nothing. W and inner are made token by
+// token (core/exact.cuh), outer is multiplied by exp(G_end - G), R is 1. First dk, dv and outer, then inner and the diagonal: fewer registers at a time, more loads.
 //
 //     shared memory      holds
 //     A, B, Y            for a side and query head, with two banks also for the next: tokens, Y in two parts
@@ -22,7 +25,7 @@
 //     S                  in two parts
 //     outer              with one bank, where there are no registers for it; as accumulators lie
 //     stages, at last    inner and the diagonal of the half that is given away; with two banks, outer
-#include "core/hopper.cuh"
+#include "core/exact.cuh"
 #include "core/select.cuh"
 #include "hopper.h"
 
@@ -47,6 +50,309 @@ struct KeysShared {
   static_assert(BANKS * 32 * 1024 <= sizeof(Stage) * stages);
 };
 static_assert(sizeof(KeysShared<bf16, 128, 1>) <= 113 * 1024 && sizeof(KeysShared<bf16, 128, 2>) <= 227 * 1024);
+
+// The end: ds and dg of half of the slots of a bank. `terms`: room for two tiles of each warpgroup. exact: inner is true, outer the cotangents after the chunk times
+// exp(G_end - G), S is s, a plain fp32 tile as exp_g is.
+template <bool exact, int D, int BANKS, class E>
+__device__ __forceinline__ void gate_gradients(const BackwardParams& p, const Backward<E>& w, const Chunk& c, int head, float (&inner)[4][4],
+                                               float (&outer)[4][4], float (&diagonal)[4][4], const E* S, const float* exp_g, E* terms, int own, int tid) {
+  const int r = p.HQ / p.H, bank = own % BANKS, half = own / BANKS, warp = __shfl_sync(0xffffffffu, tid / 32, 0);
+  const int row = warp * 16 + frag_row(), col = half * 32 + frag_col();
+  const int64_t at = (c.slot * p.H + head) * BANKS;
+  const GateImage<E>* const image = w.gates + at;
+  const bool coupled = p.s.ptr == nullptr;
+  float T[4][4], s[4][4];  // terms of dg from the back; write strengths, then if exact exp(g). From the front in the place of outer, ds in that of inner
+  zero(T);
+#pragma unroll 1
+  for (int h = 0; h < r; ++h) {
+    const float4* e = reinterpret_cast<const float4*>(w.saved[(c.slot * p.HQ + head * r + h) * BANKS + bank].e) + half * 512 + tid;
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+      const float4 y = e[t * 128];
+      T[t][0] += y.x, T[t][1] += y.y, T[t][2] += y.z, T[t][3] += y.w;
+    }
+  }
+  if constexpr (exact) {
+    load_plain(s, reinterpret_cast<const float*>(S), row, col);
+#pragma unroll
+    for (int t = 0; t < 4; ++t)
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        T[t][k] -= s[t][k] * inner[t][k];
+        inner[t][k] += outer[t][k] + diagonal[t][k];
+        outer[t][k] *= s[t][k];
+      }
+    load_plain(s, exp_g, row, col);
+  } else {
+    const uint32_t S_row = place(S, row, frag_col()) ^ (half * 64);
+    float4 Rs[4];
+#pragma unroll
+    for (int t = 0; t < 4; ++t) Rs[t] = reinterpret_cast<const float4*>(image[bank].R)[half * 512 + t * 128 + tid];
+#pragma unroll
+    for (int t = 0; t < 4; ++t)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float2 S = both_at<E>((S_row + h * 1024) ^ (t * 16)), R = h ? make_float2(Rs[t].z, Rs[t].w) : make_float2(Rs[t].x, Rs[t].y);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int k = 2 * h + e;
+          const float S_ = e ? S.y : S.x, R_ = e ? R.y : R.x;
+          T[t][k] -= S_ * inner[t][k];
+          inner[t][k] = __fdividef(inner[t][k] + outer[t][k] + diagonal[t][k], R_);  // after the sequence: not stored
+          outer[t][k] *= S_;
+          s[t][k] = S_ * R_;
+        }
+      }
+  }
+  __syncthreads();  // everybody has what it was given
+  E *const T_tile = terms, *const F_tile = terms + kTile;  // of this warpgroup's columns, two parts side by side
+  {
+    auto X = split<E>(T);
+    store_operand<E>(T_tile, X.hi, warp), store_operand<E>(T_tile, X.lo, warp, 32);
+    X = split<E>(outer);
+    store_operand<E>(F_tile, X.hi, warp), store_operand<E>(F_tile, X.lo, warp, 32);
+  }
+  publish();
+  sync(2 + own, 128);
+  float dg[4][4];
+  zero(dg);
+  hand_over(dg);
+  products_begin();
+  {
+    const auto ones = triangle_of_ones<E, true>(warp);
+    product<E, 1>(dg, ones, mnmajor(T_tile));
+    product<E, 1>(dg, ones, mnmajor(T_tile + 32));
+  }
+  {
+    const auto ones = triangle_of_ones<E, false>(warp);
+    product<E, 1>(dg, ones, mnmajor(F_tile));
+    product<E, 1>(dg, ones, mnmajor(F_tile + 32));
+  }
+  products_commit();
+  const float* edges = w.edge + (at + bank) * 2 * D + col;
+#pragma unroll
+  for (int t = 0; t < 4; ++t)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float edge = 0.f;
+#pragma unroll
+      for (int i = 0; i < D / 32; ++i) edge += edges[i * 64 + t * 8 + e];
+      diagonal[t][e] = edge;
+    }
+  products_wait<0>();
+  hand_over(dg);
+  const Rows ds_rows = rows_of(p.ds, c, head), dg_rows = rows_of(p.dg, c, head);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int j = row + 8 * h;
+    if (j < c.length)
+#pragma unroll
+      for (int t = 0; t < 4; ++t) {
+        float x[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          x[e] = dg[t][2 * h + e] + diagonal[t][e];
+          const float f = s[t][2 * h + e];
+          const bool reset = exact ? f == 0.f : j == 0 && image[bank].start[col + t * 8 + e] == 0.f;
+          if (reset) x[e] = 0.f;  // it forgets whatever the gate would have changed
+          if (coupled) x[e] -= (exact ? f : 1.f - f) * inner[t][2 * h + e];  // s = 1 - exp(g)
+        }
+        if (bank * kSlots + half * 32 + t * 8 < p.M) {
+          const int slot = bank * kSlots + col + t * 8;
+          store_pair<E>(p.dg, dg_rows.at(j) + slot, x[0], x[1]);
+          if (!coupled) store_pair<E>(p.ds, ds_rows.at(j) + slot, inner[t][2 * h], inner[t][2 * h + 1]);
+        }
+      }
+  }
+}
+
+// A chunk of several windows (core/exact.cuh): X, or W, and Y; S and E in their place.
+template <class E, int D, int BANKS>
+struct ExactKeys {
+  union {
+    struct {
+      float X[BANKS][kTile], Y[BANKS][kTile];
+    };
+    struct {
+      E S[BANKS][2][kTile], E0[BANKS][2][64 * D];
+    };
+  };
+  float a[BANKS][kTile], s[BANKS][kTile];
+  E A[64 * D], B[64 * D];
+};
+
+// Finds everything anew: what the usual way keeps in registers is its own.
+template <class E, int D, int BANKS>
+__device__ __forceinline__ void exact_keys(const BackwardParams& p, const Backward<E>& w, char* memory) {
+#if GSA_HOPPER
+  constexpr int kThreads = 256 * BANKS, width = D / (2 * BANKS);  // dimensions of dk and dv that a warpgroup has
+  auto& m = *reinterpret_cast<ExactKeys<E, D, BANKS>*>(memory);
+  uint64_t* const full = &reinterpret_cast<KeysShared<E, D, BANKS>*>(memory)->E_full;
+  using Usual = KeysShared<E, D, BANKS>;
+  static_assert(sizeof(m) <= offsetof(Usual, full));
+  const int r = p.HQ / p.H, block = kept(blockIdx.x), head = block % p.H;
+  Chunk c;
+  if (!find_chunk(p, block / p.H, kChunk, c)) return;
+  const int thread = kept(threadIdx.x), own = __shfl_sync(0xffffffffu, thread / 128, 0), bank = own % BANKS, half = own / BANKS, tid = thread % 128;
+  const int warp = __shfl_sync(0xffffffffu, tid / 32, 0), row = warp * 16 + frag_row(), col = half * 32 + frag_col();
+  const int rows_bank = thread / kExactThreads, i = RowSlots::row();  // whose row, and which, this thread has where it is token by token
+  const int64_t at_bank = (c.slot * p.H + head) * BANKS;
+  float *const X = m.X[rows_bank], *const Y = m.Y[rows_bank], *const a = m.a[rows_bank], *const s = m.s[rows_bank];
+  cp_async_wait_for<0>();  // what the usual way sent for
+  __syncthreads();
+  exact_gates<E>(p, c.slot, head, rows_bank, a, s);
+  auto load_A = [&](int side, int h) {
+    load_tokens<D, kThreads>(m.A, rows_of(side ? p.d_o : p.q, c, head * r + h), c.length, thread);
+    cp_async_commit();
+  };
+  auto load_B = [&](int side) {
+    load_tokens<D, kThreads>(m.B, rows_of(side ? p.v : p.k, c, head), c.length, thread);
+    cp_async_commit();
+  };
+  auto load_y = [&](float (&y)[16], int side, int h) {
+    const auto& saved = w.saved[(c.slot * p.HQ + head * r + h) * BANKS + rows_bank].Y[side];
+#pragma unroll
+    for (int u = 0; u < 4; ++u) {
+      const E* const from = at(const_cast<E*>(saved[0]), i, RowSlots::column(u));
+      const uint2 hi = *reinterpret_cast<const uint2*>(from), lo = *reinterpret_cast<const uint2*>(from + kTile);
+      const float2 x0 = unpack<E>(hi.x), x1 = unpack<E>(hi.y), y0 = unpack<E>(lo.x), y1 = unpack<E>(lo.y);
+      y[4 * u] = x0.x + y0.x, y[4 * u + 1] = x0.y + y0.y, y[4 * u + 2] = x1.x + y1.x, y[4 * u + 3] = x1.y + y1.y;
+    }
+  };
+
+  // dk, dv, outer
+  float outer[4][4];
+  zero(outer);
+#pragma unroll 1
+  for (int side = 0; side < 2; ++side) {
+    publish();
+    __syncthreads();  // W and the tokens are done with
+    load_B(side);
+    if (thread == 0) {
+      arrive_expecting(full, BANKS * (sizeof(m.S[0]) + (1 + side) * sizeof(m.E0[0][0])));
+      for (int b = 0; b < BANKS; ++b) {
+        bulk_load(m.S[b], w.gates[at_bank + b].S, sizeof(m.S[b]), full);
+        for (int part = 0; part <= side; ++part) bulk_load(m.E0[b][part], w.E0 + ((at_bank + b) * 3 + (part ? 2 : side)) * 64 * D, sizeof(m.E0[b][part]), full);
+      }
+    }
+    cp_async_wait_for<0>();
+    wait(full, side);
+    publish();
+    __syncthreads();
+    float dx[width / 8][4];
+    zero(dx);
+    hand_over(dx);
+    hand_over(outer);
+    products_begin();
+    product<E, D / 16, 0, 0>(outer, kmajor(m.B), kmajor(m.E0[bank][0] + half * 32 * 64), true);
+    if (side) product<E, D / 16, 0, 0>(outer, kmajor(m.B), kmajor(m.E0[bank][1] + half * 32 * 64), true);
+#pragma unroll
+    for (int b = 0; b < BANKS; ++b) {
+      product<E, 4, 0, 1>(dx, kmajor(m.S[b][0]), mnmajor(columns<E>(m.E0[b][0], own * width)), true);
+      product<E, 4, 0, 1>(dx, kmajor(m.S[b][1]), mnmajor(columns<E>(m.E0[b][0], own * width)), true);
+      if (side) product<E, 4, 0, 1>(dx, kmajor(m.S[b][0]), mnmajor(columns<E>(m.E0[b][1], own * width)), true);
+    }
+    products_commit();
+    products_wait<0>();
+    hand_over(dx);
+    hand_over(outer);
+#pragma unroll 1
+    for (int h = 0; h < r; ++h) {
+      __syncthreads();  // S and E, or W and A, are done with
+      load_A(side, h);
+      {
+        float y[16];
+        load_y(y, side, h);
+        exact_contract(y, a, s, [&](int j, float x) {
+          if (threadIdx.x % 4 == 0) X[R_at(j, i)] = x;
+        });
+      }
+      cp_async_wait_for<0>();
+      publish();
+      __syncthreads();
+      float x[8][4];
+      load_R(x, m.X[0], row, frag_col());
+      if constexpr (BANKS > 1) {
+        float other[8][4];
+        load_R(other, m.X[1], row, frag_col());
+        add(x, other);
+      }
+      const auto W = split<E>(x);
+      hand_over(dx);
+      products_begin();
+      product<E, 1>(dx, W.hi, mnmajor(columns<E>(m.A, own * width)));
+      if (side) product<E, 1>(dx, W.lo, mnmajor(columns<E>(m.A, own * width)));
+      products_commit();
+      products_wait<0>();
+      hand_over(dx);
+    }
+    store_window<E>(rows_of(side ? p.dv : p.dk, c, head), dx, warp, 0, c.length, own * width);
+  }
+
+  // inner and the diagonal
+  float inner_row[16], diagonal_row[16];
+#pragma unroll
+  for (int n = 0; n < 16; ++n) inner_row[n] = diagonal_row[n] = 0.f;
+#pragma unroll 1
+  for (int side = 0; side < 2; ++side) {
+#pragma unroll 1
+    for (int h = 0; h < r; ++h) {
+      __syncthreads();  // X, Y and the tokens are done with
+      if (h == 0) load_B(side);
+      load_A(side, h);
+      float y[16];
+      load_y(y, side, h);
+      RowSlots::store<false>(Y, i, y);
+      cp_async_wait_for<0>();
+      publish();
+      __syncthreads();
+      {
+        float x[4][4];
+        hand_over(x);
+        products_begin();
+        product<E, D / 16, 0, 0>(x, kmajor(m.B), kmajor(m.A + half * 32 * 64), false);
+        products_commit();
+        products_wait<0>();
+        hand_over(x);
+        store_R(m.X[bank], x, row, col);
+      }
+      __syncthreads();
+      const float d = X[R_at(i, i)];
+#pragma unroll
+      for (int n = 0; n < 16; ++n) diagonal_row[n] += d * y[n];
+      float decay[16];
+      exact_inner(decay, a, [&](int u) {
+        const float b = X[R_at(i, u)];
+        float x[16];
+        RowSlots::load<false>(x, Y, u);
+#pragma unroll
+        for (int n = 0; n < 16; ++n) inner_row[n] += b * (decay[n] * x[n]);
+      });
+    }
+  }
+  __syncthreads();
+  RowSlots::store<false>(X, i, inner_row);
+  RowSlots::store<false>(Y, i, diagonal_row);
+  __syncthreads();
+  float inner[4][4], diagonal[4][4], decay[4][4];
+  load_R(inner, m.X[bank], row, col);
+  load_R(diagonal, m.Y[bank], row, col);
+  __syncthreads();
+  {
+    float x[16];
+    exact_inner(x, a, [](int) {});
+    RowSlots::store<false>(X, i, x);
+  }
+  __syncthreads();
+  load_R(decay, m.X[bank], row, col);
+#pragma unroll
+  for (int t = 0; t < 4; ++t)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) outer[t][e] *= decay[t][e];
+  gate_gradients<true, D, BANKS>(p, w, c, head, inner, outer, diagonal, reinterpret_cast<const E*>(m.s[bank]), m.a[bank],
+                                 reinterpret_cast<E*>(m.X) + own * 2 * kTile, own, tid);
+#endif
+}
 
 template <class E, int D, int BANKS>
 __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ Backward<E> w) {
@@ -97,10 +403,9 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __gr
   };
   __syncthreads();
   if (half) tokens(0);
-  if (cut) return cp_async_wait_for<0>();
+  if (cut) return exact_keys<E, D, BANKS>(p, w, memory + kept(0));
   tiles(0), tiles_of_side(0);
   const int tid = threadIdx.x % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0), row = warp * 16 + frag_row(), col = half * 32 + frag_col();
-  const bool coupled = p.s.ptr == nullptr;
   // The two have code of their own, so all of them meet at a barrier that counts.
   const auto begin_step = [&](int step, auto brings) {
     if (stages == 1 && step) {
@@ -164,6 +469,8 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __gr
 #pragma unroll 1
     for (int step = 0; step < 2 * r; ++step) {
       begin_step(step, std::true_type());
+      // Addresses are made where they are used: there are no registers to keep them in.
+      auto& m = *reinterpret_cast<KeysShared<E, D, BANKS>*>(memory + kept(0));
       auto& stage = m.stage[step % stages];
       const int side = step >= r, h = step - side * r;
       if (h == 0) {
@@ -224,96 +531,8 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __gr
   }
   get(outer, m.outer_of(bank) + half * 4 * 512, tid);
 
-  float T[4][4], s[4][4];  // terms of dg from the back; write strengths. From the front in the place of outer, ds in that of inner
-  zero(T);
-#pragma unroll 1
-  for (int h = 0; h < r; ++h) {
-    const float4* e = reinterpret_cast<const float4*>(w.saved[(c.slot * p.HQ + head * r + h) * BANKS + bank].e) + half * 512 + tid;
-#pragma unroll
-    for (int t = 0; t < 4; ++t) {
-      const float4 y = e[t * 128];
-      T[t][0] += y.x, T[t][1] += y.y, T[t][2] += y.z, T[t][3] += y.w;
-    }
-  }
-  {
-    const uint32_t S_row = place(m.S[bank][0], row, frag_col()) ^ (half * 64);
-    float4 Rs[4];
-#pragma unroll
-    for (int t = 0; t < 4; ++t) Rs[t] = reinterpret_cast<const float4*>(image[bank].R)[half * 512 + t * 128 + tid];
-#pragma unroll
-    for (int t = 0; t < 4; ++t)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float2 S = both_at<E>((S_row + h * 1024) ^ (t * 16)), R = h ? make_float2(Rs[t].z, Rs[t].w) : make_float2(Rs[t].x, Rs[t].y);
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int k = 2 * h + e;
-          const float S_ = e ? S.y : S.x, R_ = e ? R.y : R.x;
-          T[t][k] -= S_ * inner[t][k];
-          inner[t][k] = __fdividef(inner[t][k] + outer[t][k] + diagonal[t][k], R_);  // after the sequence: not stored
-          outer[t][k] *= S_;
-          s[t][k] = S_ * R_;
-        }
-      }
-  }
-  __syncthreads();  // everybody has what it was given
-  E *T_tile = (half ? m.E0[0][0] : m.stage[0].Y[0][0]) + bank * 2 * kTile, *F_tile = T_tile + kTile;  // of this warpgroup's columns, two parts side by side
-  {
-    auto X = split<E>(T);
-    store_operand<E>(T_tile, X.hi, warp), store_operand<E>(T_tile, X.lo, warp, 32);
-    X = split<E>(outer);
-    store_operand<E>(F_tile, X.hi, warp), store_operand<E>(F_tile, X.lo, warp, 32);
-  }
-  publish();
-  sync(2 + own, 128);
-  float dg[4][4];
-  zero(dg);
-  hand_over(dg);
-  products_begin();
-  {
-    const auto ones = triangle_of_ones<E, true>(warp);
-    product<E, 1>(dg, ones, mnmajor(T_tile));
-    product<E, 1>(dg, ones, mnmajor(T_tile + 32));
-  }
-  {
-    const auto ones = triangle_of_ones<E, false>(warp);
-    product<E, 1>(dg, ones, mnmajor(F_tile));
-    product<E, 1>(dg, ones, mnmajor(F_tile + 32));
-  }
-  products_commit();
-  const float* edges = w.edge + (at + bank) * 2 * D + col;
-#pragma unroll
-  for (int t = 0; t < 4; ++t)
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      float edge = 0.f;
-#pragma unroll
-      for (int i = 0; i < D / 32; ++i) edge += edges[i * 64 + t * 8 + e];
-      diagonal[t][e] = edge;
-    }
-  products_wait<0>();
-  hand_over(dg);
-  const Rows ds_rows = rows_of(p.ds, c, head), dg_rows = rows_of(p.dg, c, head);
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int j = row + 8 * h;
-    if (j < c.length)
-#pragma unroll
-      for (int t = 0; t < 4; ++t) {
-        float x[2];
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          x[e] = dg[t][2 * h + e] + diagonal[t][e];
-          if (j == 0 && image[bank].start[col + t * 8 + e] == 0.f) x[e] = 0.f;  // a reset forgets whatever the gate would have changed
-          if (coupled) x[e] -= (1.f - s[t][2 * h + e]) * inner[t][2 * h + e];  // s = 1 - exp(g)
-        }
-        if (bank * kSlots + half * 32 + t * 8 < p.M) {
-          const int slot = bank * kSlots + col + t * 8;
-          store_pair<E>(p.dg, dg_rows.at(j) + slot, x[0], x[1]);
-          if (!coupled) store_pair<E>(p.ds, ds_rows.at(j) + slot, inner[t][2 * h], inner[t][2 * h + 1]);
-        }
-      }
-  }
+  E* const terms = (half ? m.E0[0][0] : m.stage[0].Y[0][0]) + bank * 2 * kTile;
+  gate_gradients<false, D, BANKS>(p, w, c, head, inner, outer, diagonal, m.S[bank][0], static_cast<const float*>(nullptr), terms, own, tid);
 #endif
 }
 

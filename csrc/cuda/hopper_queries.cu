@@ -5,16 +5,19 @@
 //     Yk = scale R p (dp - <p, dp>)                   Yv = R p                              e = o1 do1 + p dp, o1 and dp without their diagonals
 //     dq = tril(Yk S^T) k + (Yk exp(ref)) Hk^T
 //
-// S, R, ref are those of hopper_gates.cu; a chunk that has to be cut makes them here, for one window after the other. Yk, Yv and e go to hopper_scan.cu and
-// hopper_keys.cu. Two warpgroups for a bank: first one has o1, the other dp, of all its slots; then they give each other half, and each has o1, dp, p, Y of 32 slots
-// and its share of the dimensions of dq. What has to be more exact than 16 bits is an operand in two parts: X, S, Y. With one bank two blocks on a multiprocessor:
-// while one waits the other works. With two there is room to bring the next query head's tokens while this one's are no longer needed.
+// S, R, ref are those of hopper_gates.cu. Yk, Yv and e go to hopper_scan.cu and hopper_keys.cu. Two warpgroups for a bank: first one has o1, the other dp, of all its
+// slots; then they give each other half, and each has o1, dp, p, Y of 32 slots and its share of the dimensions of dq. What has to be more exact than 16 bits is an
+// operand in two parts: X, S, Y. With one bank two blocks on a multiprocessor: while one waits the other works. With two there is room to bring the next query head's
+// tokens while this one's are no longer needed.
 //
 //     shared memory      holds
 //     A                  q, d_o
-//     Y, with one bank in the place of A:  windows' R, Advance's; what the warpgroups give each other, sums of rows; Yk, Yv
-//     B, H, S            k, v; states before the window; gates' sums, then S in two parts
-#include "core/hopper.cuh"
+//     Y, with one bank in the place of A:  what the warpgroups give each other, sums of rows; Yk, Yv
+//     B, H, S            k, v; states before the chunk; S in two parts
+//
+// A chunk of several windows, in a branch of its own: o1, dp, tril(Yk S^T) and Yk exp(G) token by token (core/exact.cuh), Yk and Yv saved without R, and exp(G) in its
+// place for hopper_scan.cu. Shared memory: ExactQueries.
+#include "core/exact.cuh"
 #include "core/select.cuh"
 #include "hopper.h"
 
@@ -27,10 +30,6 @@ template <class E, int D, int BANKS>
 struct QueriesShared {
   static constexpr bool ahead = BANKS > 1;  // A is apart
   static constexpr int rows = std::max(64 * D, BANKS * 2 * kTile);  // Yk or Yv in two parts; or q, d_o
-  struct Before {  // of Advance, in Y[0]
-    alignas(1024) E S[BANKS][kTile];
-    float decay[BANKS * kSlots];
-  };
   struct RowSums {  // of the slots of either warpgroup; diagonals of q k^T and d_o v^T. In Y[1]
     float top[2 * BANKS][64], sum[2 * BANKS][64], dot[2 * BANKS][64], diagonal[2][BANKS][64];
   };
@@ -41,10 +40,168 @@ struct QueriesShared {
   __device__ E* A(int side) { return ahead ? tokens + side * 64 * D : Y[side]; }
   // [bank][warpgroup that gives]: half of the slots, as accumulators lie
   __device__ float* given(int bank, int half) { return reinterpret_cast<float*>(Y[0]) + (bank * 2 + half) * 64 * 32; }
-  static_assert(sizeof(Before) <= rows * 2 && BANKS * kTile * 4 <= rows * 2 && sizeof(typename GateMaker<E, 8>::Scratch) <= kTile * 2);
   static_assert(BANKS * 2 * 64 * 32 * 4 <= rows * 2 && sizeof(RowSums) <= rows * 2);
 };
-static_assert(sizeof(QueriesShared<bf16, 128, 1>) <= 113 * 1024 && sizeof(QueriesShared<bf16, 128, 2>) <= 227 * 1024);
+// Of a chunk of several windows, in the place of tokens, states and S. X: of both sides, then A1 of each bank; O: o1, then Yk, then Yk exp(G); exp(g); s;
+// dp, then k and Hk.
+template <class E, int D, int BANKS>
+struct ExactQueries {
+  float X[2][kTile], O[BANKS][kTile], a[BANKS][kTile], s[BANKS][kTile];
+  union {
+    struct {
+      float dp[BANKS][kTile], sum[2 * BANKS][64], dot[2 * BANKS][64], diagonal[2][64];
+    };
+    struct {
+      E k[64 * D], Hk[BANKS][64 * D];
+    };
+  };
+};
+template <class E, int D, int BANKS>
+constexpr int64_t queries_shared() {
+  return std::max(sizeof(QueriesShared<E, D, BANKS>), sizeof(ExactQueries<E, D, BANKS>));
+}
+static_assert(queries_shared<bf16, 128, 1>() <= 113 * 1024 && queries_shared<bf16, 128, 2>() <= 227 * 1024);
+
+// A chunk of several windows, whose tokens and states are on their way. Finds everything anew: what the usual way keeps in registers is its own.
+template <class E, int D, int BANKS>
+__device__ __forceinline__ void exact_queries(const BackwardParams& p, char* memory, const E* boundary, const Backward<E>& w, int heads) {
+#if GSA_HOPPER
+  constexpr int width = D / (2 * BANKS);
+  auto& tokens = *reinterpret_cast<QueriesShared<E, D, BANKS>*>(memory);
+  const int r = p.HQ / p.H, turns = r / heads, block = kept(blockIdx.x), slot = block / turns / p.H, head = block / turns % p.H;
+  const int first_head = head * r + block % turns * heads;
+  Chunk c;
+  if (!find_chunk(p, slot, kChunk, c)) return;
+#pragma unroll 1
+  for (int q_head = first_head; q_head < first_head + heads; ++q_head) {
+    auto& m = *reinterpret_cast<ExactQueries<E, D, BANKS>*>(memory + kept(0));
+    const int thread = kept(threadIdx.x), own = __shfl_sync(0xffffffffu, thread / 128, 0), bank = own % BANKS, half = own / BANKS, share = bank * 2 + half;
+    const int tid = thread % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0), row = warp * 16 + frag_row(), col = half * 32 + frag_col();
+    const int rows_bank = thread / kExactThreads;  // whose rows this thread has where it is token by token
+    const E* const states = boundary + (c.slot * p.H + head) * 2 * int64_t(D) * p.M;
+    if (q_head > first_head) {
+      __syncthreads();  // everything is done with
+      const int side_thread = thread % (128 * BANKS);
+      load_tokens<D, 128 * BANKS>(tokens.B[half], rows_of(half ? p.v : p.k, c, head), c.length, side_thread);
+      load_tokens<D, 128 * BANKS>(tokens.A(half), rows_of(half ? p.d_o : p.q, c, q_head), c.length, side_thread);
+      load_state<D, 128>(tokens.H[half][bank], states + half * int64_t(D) * p.M, p.M, tid, bank);
+      cp_async_commit();
+    }
+    cp_async_wait_for<0>();
+    publish();
+    __syncthreads();
+    {
+      float x[8][4], o[8][4], d[2];
+      hand_over(x);
+      hand_over(o);
+      products_begin();
+      product<E, D / 16, 0, 0>(x, kmajor(tokens.A(half)), kmajor(tokens.B[half]), false);
+      product<E, D / 16, 0, 1>(o, kmajor(tokens.A(half)), mnmajor(tokens.H[half][bank]), false);
+      products_commit();
+      products_wait<0>();
+      hand_over(x);
+      hand_over(o);
+      diagonal_of(d, x, warp);
+      __syncthreads();  // tokens and states are done with
+      store_R(half ? m.dp[bank] : m.O[bank], o, row, frag_col());
+      if (bank == 0) {
+        store_R(m.X[half], x, row, frag_col());
+        if ((lane_id() & 3) == 0) m.diagonal[half][row] = d[0], m.diagonal[half][row + 8] = d[1];
+      }
+    }
+    exact_gates<E>(p, slot, head, rows_bank, m.a[rows_bank], m.s[rows_bank]);
+    __syncthreads();
+    // exp(G) for the cotangents' scan
+    float* const factors = q_head == head * r ? w.gates[(c.slot * p.H + head) * BANKS + rows_bank].R : nullptr;
+    exact_apply(m.a[rows_bank], m.s[rows_bank], m.O[rows_bank], m.X[0], m.dp[rows_bank], m.X[1], factors);
+    __syncthreads();
+    {
+      Saved<E>& save = w.saved[(c.slot * p.HQ + q_head) * BANKS + bank];
+      float o[4][4], dp[4][4], s[4][4], y[4][4], dot[2];
+      load_R(o, m.O[bank], row, col);
+      load_R(dp, m.dp[bank], row, col);
+      load_plain(s, m.s[bank], row, col);
+      const float d[2] = {m.diagonal[0][row], m.diagonal[0][row + 8]}, b[2] = {m.diagonal[1][row], m.diagonal[1][row + 8]}, scale = static_cast<float>(p.scale);
+#pragma unroll
+      for (int t = 0; t < 4; ++t)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) y[t][e] = fmaf(d[e >> 1], s[t][e], o[t][e]);
+      softmax_of_shares(y, scale * 1.4426950408889634f, p.M, m.sum, share, row);  // everybody has read O
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        dot[h] = 0.f;
+#pragma unroll
+        for (int t = 0; t < 4; ++t)
+#pragma unroll
+          for (int e = 2 * h; e < 2 * h + 2; ++e) dot[h] += y[t][e] * fmaf(b[h], s[t][e], dp[t][e]);
+        dot[h] = quad_sum(dot[h]);
+        if ((lane_id() & 3) == 0) m.dot[share][row + 8 * h] = dot[h];
+      }
+      __syncthreads();
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+#pragma unroll
+        for (int x = 1; x < 2 * BANKS; ++x) dot[h] += m.dot[share ^ x][row + 8 * h];
+        const float valid = row + 8 * h < c.length ? 1.f : 0.f;
+#pragma unroll
+        for (int t = 0; t < 4; ++t)
+#pragma unroll
+          for (int e = 2 * h; e < 2 * h + 2; ++e) {  // e in the place of o, Yk in that of dp, Yv in that of y
+            const float prob = y[t][e], cotangent = scale * prob * (fmaf(b[h], s[t][e], dp[t][e]) - dot[h]);
+            o[t][e] = fmaf(o[t][e], cotangent, prob * dp[t][e]);
+            dp[t][e] = cotangent * valid;
+            y[t][e] = prob * valid;
+          }
+      }
+      store_R(m.O[bank], dp, row, col);
+      float4* const to = reinterpret_cast<float4*>(save.e) + half * 512 + tid;
+#pragma unroll
+      for (int t = 0; t < 4; ++t) to[t * 128] = make_float4(o[t][0], o[t][1], o[t][2], o[t][3]);
+      auto save_Y = [&](E(&Y)[2][kTile], const float (&x)[4][4]) {
+#pragma unroll
+        for (int t = 0; t < 4; ++t)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            E* const hi = at(Y[0], row + 8 * h, col + t * 8);
+            Arith<E>::split_pair(x[t][2 * h], x[t][2 * h + 1], *reinterpret_cast<uint32_t*>(hi), *reinterpret_cast<uint32_t*>(hi + kTile));
+          }
+      };
+      save_Y(save.Y[0], dp);
+      save_Y(save.Y[1], y);
+    }
+    __syncthreads();  // dp and the sums are done with
+    load_tokens<D, 256 * BANKS>(m.k, rows_of(p.k, c, head), c.length, thread);
+    for (int b = 0; b < BANKS; ++b) load_state<D, 256 * BANKS>(m.Hk[b], states, p.M, thread, b);
+    cp_async_commit();
+    exact_contract(m.a[rows_bank], m.s[rows_bank], m.O[rows_bank], m.X[rows_bank]);
+    cp_async_wait_for<0>();
+    publish();
+    __syncthreads();
+    float dq[width / 8][4], x[8][4];
+    zero(dq);
+    load_R(x, m.X[0], row, frag_col());
+    if constexpr (BANKS > 1) {
+      float other[8][4];
+      load_R(other, m.X[1], row, frag_col());
+      add(x, other);
+    }
+    const auto A1 = operand<E>(x);
+#pragma unroll
+    for (int b = 0; b < BANKS; ++b) {
+      load_R(x, m.O[b], row, frag_col());
+      const auto Y = operand<E>(x);
+      hand_over(dq);
+      products_begin();
+      if (b == 0) product<E, 1>(dq, A1, mnmajor(columns<E>(m.k, own * width)));
+      product<E, 0>(dq, Y, kmajor(m.Hk[b] + own * width * 64));
+      products_commit();
+      products_wait<0>();
+      hand_over(dq);
+    }
+    store_window<E>(rows_of(p.dq, c, q_head), dq, warp, 0, c.length, own * width);
+  }
+#endif
+}
 
 template <class E, int D, int BANKS>
 __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void queries_kernel(const __grid_constant__ BackwardParams p, const E* boundary,
@@ -54,7 +211,6 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void queries_kernel(const _
   using Shared = QueriesShared<E, D, BANKS>;
   constexpr int kThreads = 256 * BANKS, width = D / (2 * BANKS);  // dimensions of a warpgroup
   auto& m = *reinterpret_cast<Shared*>(memory);
-  auto& before_window = *reinterpret_cast<typename Shared::Before*>(m.Y[0]);
   auto& sums = *reinterpret_cast<typename Shared::RowSums*>(m.Y[1]);
   const int r = p.HQ / p.H, turns = r / heads;
   const int64_t head = blockIdx.x / turns % p.H, first_head = head * r + blockIdx.x % turns * heads;
@@ -87,191 +243,171 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void queries_kernel(const _
     if (threadIdx.x < BANKS * kSlots) m.in[threadIdx.x] = image[threadIdx.x / kSlots].in[threadIdx.x % kSlots];
   }
   __syncthreads();
-  for (int begin = 0, end = c.length; begin < c.length; begin = end) {
-    float R[4][4];
-    if (!cut) {
+  if (cut) return exact_queries<E, D, BANKS>(p, memory + kept(0), boundary, w, heads);
+  float R[4][4];
 #pragma unroll
-      for (int t = 0; t < 4; ++t) {
-        const float4 x = reinterpret_cast<const float4*>(image[bank].R)[half * 512 + t * 128 + tid];
-        R[t][0] = x.x, R[t][1] = x.y, R[t][2] = x.z, R[t][3] = x.w;
-      }
-      wait(&m.S_full, 0);
-    } else {
-      const Advance<E> advance{before_window.S[0], before_window.decay};
-      float* const R_tile = reinterpret_cast<float*>(m.Y[1]);
-      end = make_window<E, D, BANKS>(p, blockIdx.x / turns / p.H, head, begin, advance, R_tile, m.S[0][0], m.in, m.H[0][0], m.B[0], m.B[1], states);
-      load_R(R, R_tile + bank * kTile, row, col);
-      if (first_head == head * r)  // for the cotangents' scan
-        for (int i = half * 128 + tid; i < (end - begin) * kSlots; i += 256)
-          image[bank].R[begin * kSlots + i] = m.in[bank * kSlots + i % kSlots] * (begin ? advance.decay[bank * kSlots + i % kSlots] : 1.f);
-    }
+  for (int t = 0; t < 4; ++t) {
+    const float4 x = reinterpret_cast<const float4*>(image[bank].R)[half * 512 + t * 128 + tid];
+    R[t][0] = x.x, R[t][1] = x.y, R[t][2] = x.z, R[t][3] = x.w;
+  }
+  wait(&m.S_full, 0);
 
 #pragma unroll 1
-    for (int64_t q_head = first_head; q_head < first_head + heads; ++q_head) {
-      auto& m = *reinterpret_cast<Shared*>(memory + kept(0));  // addresses are made where they are used: there are no registers to keep them in
-      const int tid = kept(threadIdx.x) % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0), row = warp * 16 + frag_row();
-      if (Shared::ahead ? cut && q_head == first_head : cut || q_head > first_head) {
-        __syncthreads();  // A is free
-        load_A(q_head);
+  for (int64_t q_head = first_head; q_head < first_head + heads; ++q_head) {
+    auto& m = *reinterpret_cast<Shared*>(memory + kept(0));  // addresses are made where they are used: there are no registers to keep them in
+    const int tid = kept(threadIdx.x) % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0), row = warp * 16 + frag_row();
+    if (!Shared::ahead && q_head > first_head) {
+      __syncthreads();  // A is free
+      load_A(q_head);
+    }
+    cp_async_wait_for<0>();
+    publish();
+    if (Shared::ahead) __syncthreads();  // and Y is done with
+    else sync(3 + half, kThreads / 2);
+    float o[4][4], dp[4][4], d[2], b[2];
+    {
+      float x[8][4], other[2];
+      scores<E, D, false>(x, other, m.A(half), m.B[half], m.H[half][bank], m.S[bank][0], m.in + bank * kSlots, warp);
+      if (!Shared::ahead) __syncthreads();  // A is done with
+      float4* const to = reinterpret_cast<float4*>(m.given(bank, half)) + tid;
+#pragma unroll
+      for (int t = 0; t < 4; ++t) {
+        const float (&mine)[4] = x[t], (&theirs)[4] = x[t + 4];
+        to[t * 128] = half ? make_float4(mine[0], mine[1], mine[2], mine[3]) : make_float4(theirs[0], theirs[1], theirs[2], theirs[3]);
       }
-      cp_async_wait_for<0>();
-      publish();
-      if (Shared::ahead) __syncthreads();  // and Y is done with
-      else sync(3 + half, kThreads / 2);
-      float o[4][4], dp[4][4], d[2], b[2];
-      {
-        float x[8][4], other[2];
-        scores<E, D, false>(x, other, m.A(half), m.B[half], m.H[half][bank], m.S[bank][0], m.in + bank * kSlots, warp);
-        if (!Shared::ahead) __syncthreads();  // A is done with
-        float4* const to = reinterpret_cast<float4*>(m.given(bank, half)) + tid;
+      if ((lane_id() & 3) == 0) sums.diagonal[half][bank][row] = other[0], sums.diagonal[half][bank][row + 8] = other[1];
+      __syncthreads();  // with two banks A is done with
+      if (Shared::ahead && q_head + 1 < first_head + heads) load_A(q_head + 1);
+      const float4* const from = reinterpret_cast<const float4*>(m.given(bank, !half)) + tid;
 #pragma unroll
-        for (int t = 0; t < 4; ++t) {
-          const float (&mine)[4] = x[t], (&theirs)[4] = x[t + 4];
-          to[t * 128] = half ? make_float4(mine[0], mine[1], mine[2], mine[3]) : make_float4(theirs[0], theirs[1], theirs[2], theirs[3]);
+      for (int t = 0; t < 4; ++t) {
+        const float4 y = from[t * 128];
+        const float got[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float kept_back = half ? x[t + 4][e] : x[t][e];
+          o[t][e] = half ? got[e] : kept_back, dp[t][e] = half ? kept_back : got[e];
         }
-        if ((lane_id() & 3) == 0) sums.diagonal[half][bank][row] = other[0], sums.diagonal[half][bank][row + 8] = other[1];
-        __syncthreads();  // with two banks A is done with
-        if (Shared::ahead && q_head + 1 < first_head + heads) load_A(q_head + 1);
-        const float4* const from = reinterpret_cast<const float4*>(m.given(bank, !half)) + tid;
-#pragma unroll
-        for (int t = 0; t < 4; ++t) {
-          const float4 y = from[t * 128];
-          const float got[4] = {y.x, y.y, y.z, y.w};
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const float kept_back = half ? x[t + 4][e] : x[t][e];
-            o[t][e] = half ? got[e] : kept_back, dp[t][e] = half ? kept_back : got[e];
-          }
-        }
-#pragma unroll
-        for (int h = 0; h < 2; ++h) d[h] = sums.diagonal[0][bank][row + 8 * h], b[h] = sums.diagonal[1][bank][row + 8 * h];
       }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) d[h] = sums.diagonal[0][bank][row + 8 * h], b[h] = sums.diagonal[1][bank][row + 8 * h];
+    }
 
-      // softmax, and <p, dp>, over all slots
-      float y[4][4], s[4][4], top[2], sum[2], dot[2];
-      const uint32_t S_row = place(m.S[bank][0], row, frag_col()) ^ (half * 64);
+    // softmax, and <p, dp>, over all slots
+    float y[4][4], s[4][4], top[2], sum[2], dot[2];
+    const uint32_t S_row = place(m.S[bank][0], row, frag_col()) ^ (half * 64);
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        top[h] = -INFINITY, sum[h] = dot[h] = 0.f;
+    for (int h = 0; h < 2; ++h) {
+      top[h] = -INFINITY, sum[h] = dot[h] = 0.f;
 #pragma unroll
-        for (int t = 0; t < 4; ++t) {
-          const float2 S = both_at<E>((S_row + h * 1024) ^ (t * 16));
-          s[t][2 * h] = S.x * R[t][2 * h], s[t][2 * h + 1] = S.y * R[t][2 * h + 1];
+      for (int t = 0; t < 4; ++t) {
+        const float2 S = both_at<E>((S_row + h * 1024) ^ (t * 16));
+        s[t][2 * h] = S.x * R[t][2 * h], s[t][2 * h + 1] = S.y * R[t][2 * h + 1];
 #pragma unroll
-          for (int e = 2 * h; e < 2 * h + 2; ++e) {
-            o[t][e] *= R[t][e], dp[t][e] *= R[t][e];
-            y[t][e] = bank * kSlots + half * 32 + t * 8 < p.M ? fmaf(d[h], s[t][e], o[t][e]) * (scale * 1.4426950408889634f) : -INFINITY;
-            top[h] = fmaxf(top[h], y[t][e]);
-          }
+        for (int e = 2 * h; e < 2 * h + 2; ++e) {
+          o[t][e] *= R[t][e], dp[t][e] *= R[t][e];
+          y[t][e] = bank * kSlots + half * 32 + t * 8 < p.M ? fmaf(d[h], s[t][e], o[t][e]) * (scale * 1.4426950408889634f) : -INFINITY;
+          top[h] = fmaxf(top[h], y[t][e]);
         }
-        top[h] = fmaxf(quad_max(top[h]), -1e30f);  // a share without slots
-#pragma unroll
-        for (int t = 0; t < 4; ++t)
-#pragma unroll
-          for (int e = 2 * h; e < 2 * h + 2; ++e) y[t][e] = fast_exp2(y[t][e] - top[h]), sum[h] += y[t][e], dot[h] += y[t][e] * fmaf(b[h], s[t][e], dp[t][e]);
-        sum[h] = quad_sum(sum[h]), dot[h] = quad_sum(dot[h]);
-        if ((lane_id() & 3) == 0) sums.top[own][row + 8 * h] = top[h], sums.sum[own][row + 8 * h] = sum[h], sums.dot[own][row + 8 * h] = dot[h];
       }
-      __syncthreads();
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int i = row + 8 * h;
-        float all = top[h];
-#pragma unroll
-        for (int x = 1; x < 2 * BANKS; ++x) all = fmaxf(all, sums.top[own ^ x][i]);
-        const float mine = fast_exp2(top[h] - all);
-        sum[h] *= mine, dot[h] *= mine;
-#pragma unroll
-        for (int x = 1; x < 2 * BANKS; ++x) {
-          const float theirs = fast_exp2(sums.top[own ^ x][i] - all);
-          sum[h] += sums.sum[own ^ x][i] * theirs, dot[h] += sums.dot[own ^ x][i] * theirs;
-        }
-        const float inv = 1.f / sum[h], f = mine * inv;
-        dot[h] *= inv;
-#pragma unroll
-        for (int t = 0; t < 4; ++t)
-#pragma unroll
-          for (int e = 2 * h; e < 2 * h + 2; ++e) y[t][e] *= f;
-      }
-      // e in the place of o, Yk in that of dp, Yv in that of y
+      top[h] = fmaxf(quad_max(top[h]), -1e30f);  // a share without slots
 #pragma unroll
       for (int t = 0; t < 4; ++t)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float prob = y[t][e], cotangent = scale * prob * (fmaf(b[e >> 1], s[t][e], dp[t][e]) - dot[e >> 1]);
-          o[t][e] = fmaf(o[t][e], cotangent, prob * dp[t][e]);
-          dp[t][e] = cotangent * R[t][e];
-          y[t][e] = prob * R[t][e];
-        }
-      __syncthreads();  // what lies in Y is done with
-      {
-        auto Y = split<E>(dp);
-        store_operand<E>(m.Y[0] + bank * 2 * kTile, Y.hi, warp, half * 32);
-        store_operand<E>(m.Y[0] + bank * 2 * kTile + kTile, Y.lo, warp, half * 32);
-        Y = split<E>(y);
-        store_operand<E>(m.Y[1] + bank * 2 * kTile, Y.hi, warp, half * 32);
-        store_operand<E>(m.Y[1] + bank * 2 * kTile + kTile, Y.lo, warp, half * 32);
-      }
-      publish();
-      __syncthreads();
-      Saved<E>* const save = w.saved + (c.slot * p.HQ + q_head) * BANKS;
-      const int last = end == c.length ? 64 : end;  // rows after the sequence are zero
-      if (threadIdx.x == 0) {
-#pragma unroll
-        for (int x = 0; x < 4 * BANKS; ++x) {
-          const int b = x / 4, side = x / 2 % 2, part = x % 2;
-          bulk_store(save[b].Y[side][part] + begin * 64, m.Y[side] + (b * 2 + part) * kTile + begin * 64, (last - begin) * 128);
-        }
-        bulk_commit();
-      }
-      {  // e
-        float4* to = reinterpret_cast<float4*>(save[bank].e) + half * 512 + tid;
-        if (last - begin == 64) {
-#pragma unroll
-          for (int t = 0; t < 4; ++t) to[t * 128] = make_float4(o[t][0], o[t][1], o[t][2], o[t][3]);
-        } else {
-#pragma unroll
-          for (int h = 0; h < 2; ++h)
-            if (row + 8 * h >= begin && row + 8 * h < last)
-#pragma unroll
-              for (int t = 0; t < 4; ++t) reinterpret_cast<float2*>(to + t * 128)[h] = make_float2(o[t][2 * h], o[t][2 * h + 1]);
-        }
-      }
-      {  // dq
-        float x[8][4];
-        hand_over(x);
-        products_begin();
-#pragma unroll
-        for (int b = 0; b < BANKS; ++b) {
-          const E* Y = m.Y[0] + b * 2 * kTile;
-          product<E, 4, 0, 0>(x, kmajor(Y), kmajor(m.S[b][0]), b > 0);
-          product<E, 4, 0, 0>(x, kmajor(Y + kTile), kmajor(m.S[b][0]), true);
-          product<E, 4, 0, 0>(x, kmajor(Y), kmajor(m.S[b][1]), true);
-        }
-        products_commit();
-        typename Arith<E>::template Op<64> Yref = operand_times(m.Y[0], m.in, warp);
-        products_wait<0>();
-        hand_over(x);
-        keep<true, 0>(x, warp);
-        const auto dA1 = operand<E>(x);
-        float dq[width / 8][4];
-        zero(dq);
-        hand_over(dq);
-        products_begin();
-        product<E, 1>(dq, dA1, mnmajor(columns<E>(m.B[0], own * width)));
-#pragma unroll
-        for (int b = 0; b < BANKS; ++b) {
-          if (b) Yref = operand_times(m.Y[0] + b * 2 * kTile, m.in + b * kSlots, warp);
-          product<E, 0>(dq, Yref, kmajor(m.H[0][b] + own * width * 64));
-        }
-        products_commit();
-        products_wait<0>();
-        hand_over(dq);
-        store_window<E>(rows_of(p.dq, c, q_head), dq, warp, begin, end, own * width);
-      }
-      if (threadIdx.x == 0) bulk_wait();
+        for (int e = 2 * h; e < 2 * h + 2; ++e) y[t][e] = fast_exp2(y[t][e] - top[h]), sum[h] += y[t][e], dot[h] += y[t][e] * fmaf(b[h], s[t][e], dp[t][e]);
+      sum[h] = quad_sum(sum[h]), dot[h] = quad_sum(dot[h]);
+      if ((lane_id() & 3) == 0) sums.top[own][row + 8 * h] = top[h], sums.sum[own][row + 8 * h] = sum[h], sums.dot[own][row + 8 * h] = dot[h];
     }
     __syncthreads();
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int i = row + 8 * h;
+      float all = top[h];
+#pragma unroll
+      for (int x = 1; x < 2 * BANKS; ++x) all = fmaxf(all, sums.top[own ^ x][i]);
+      const float mine = fast_exp2(top[h] - all);
+      sum[h] *= mine, dot[h] *= mine;
+#pragma unroll
+      for (int x = 1; x < 2 * BANKS; ++x) {
+        const float theirs = fast_exp2(sums.top[own ^ x][i] - all);
+        sum[h] += sums.sum[own ^ x][i] * theirs, dot[h] += sums.dot[own ^ x][i] * theirs;
+      }
+      const float inv = 1.f / sum[h], f = mine * inv;
+      dot[h] *= inv;
+#pragma unroll
+      for (int t = 0; t < 4; ++t)
+#pragma unroll
+        for (int e = 2 * h; e < 2 * h + 2; ++e) y[t][e] *= f;
+    }
+    // e in the place of o, Yk in that of dp, Yv in that of y
+#pragma unroll
+    for (int t = 0; t < 4; ++t)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float prob = y[t][e], cotangent = scale * prob * (fmaf(b[e >> 1], s[t][e], dp[t][e]) - dot[e >> 1]);
+        o[t][e] = fmaf(o[t][e], cotangent, prob * dp[t][e]);
+        dp[t][e] = cotangent * R[t][e];
+        y[t][e] = prob * R[t][e];
+      }
+    __syncthreads();  // what lies in Y is done with
+    {
+      auto Y = split<E>(dp);
+      store_operand<E>(m.Y[0] + bank * 2 * kTile, Y.hi, warp, half * 32);
+      store_operand<E>(m.Y[0] + bank * 2 * kTile + kTile, Y.lo, warp, half * 32);
+      Y = split<E>(y);
+      store_operand<E>(m.Y[1] + bank * 2 * kTile, Y.hi, warp, half * 32);
+      store_operand<E>(m.Y[1] + bank * 2 * kTile + kTile, Y.lo, warp, half * 32);
+    }
+    publish();
+    __syncthreads();
+    Saved<E>* const save = w.saved + (c.slot * p.HQ + q_head) * BANKS;
+    if (threadIdx.x == 0) {
+#pragma unroll
+      for (int x = 0; x < 4 * BANKS; ++x) {
+        const int b = x / 4, side = x / 2 % 2, part = x % 2;
+        bulk_store(save[b].Y[side][part], m.Y[side] + (b * 2 + part) * kTile, kTile * 2);
+      }
+      bulk_commit();
+    }
+    {  // e
+      float4* to = reinterpret_cast<float4*>(save[bank].e) + half * 512 + tid;
+      if (kept(tid) >= 0)  // always; without a branch in this place the compiler keeps e for later and spills
+#pragma unroll
+        for (int t = 0; t < 4; ++t) to[t * 128] = make_float4(o[t][0], o[t][1], o[t][2], o[t][3]);
+    }
+    {  // dq
+      float x[8][4];
+      hand_over(x);
+      products_begin();
+#pragma unroll
+      for (int b = 0; b < BANKS; ++b) {
+        const E* Y = m.Y[0] + b * 2 * kTile;
+        product<E, 4, 0, 0>(x, kmajor(Y), kmajor(m.S[b][0]), b > 0);
+        product<E, 4, 0, 0>(x, kmajor(Y + kTile), kmajor(m.S[b][0]), true);
+        product<E, 4, 0, 0>(x, kmajor(Y), kmajor(m.S[b][1]), true);
+      }
+      products_commit();
+      typename Arith<E>::template Op<64> Yref = operand_times(m.Y[0], m.in, warp);
+      products_wait<0>();
+      hand_over(x);
+      keep<true, 0>(x, warp);
+      const auto dA1 = operand<E>(x);
+      float dq[width / 8][4];
+      zero(dq);
+      hand_over(dq);
+      products_begin();
+      product<E, 1>(dq, dA1, mnmajor(columns<E>(m.B[0], own * width)));
+#pragma unroll
+      for (int b = 0; b < BANKS; ++b) {
+        if (b) Yref = operand_times(m.Y[0] + b * 2 * kTile, m.in + b * kSlots, warp);
+        product<E, 0>(dq, Yref, kmajor(m.H[0][b] + own * width * 64));
+      }
+      products_commit();
+      products_wait<0>();
+      hand_over(dq);
+      store_window<E>(rows_of(p.dq, c, q_head), dq, warp, 0, c.length, own * width);
+    }
+    if (threadIdx.x == 0) bulk_wait();
   }
 #endif
 }
@@ -283,7 +419,7 @@ void hopper_queries(const BackwardParams& p, const void* boundary, const Backwar
   const int r = p.HQ / p.H;
   const int heads = slots * p.H >= 8 * hopper_multiprocessors() ? r : 1;  // of one block
   select_banks(p, [&]<class E, int D, int BANKS>() {
-    launch("hopper_queries", queries_kernel<E, D, BANKS>, slots * p.H * (r / heads), 256 * BANKS, sizeof(QueriesShared<E, D, BANKS>), p.stream, p,
+    launch("hopper_queries", queries_kernel<E, D, BANKS>, slots * p.H * (r / heads), 256 * BANKS, queries_shared<E, D, BANKS>(), p.stream, p,
            static_cast<const E*>(boundary), Backward<E>(w), heads);
   });
 }

@@ -7,8 +7,8 @@
 //     H <- exp(G_end - ref) (exp(ref) H + S^T X)                 dH <- exp(ref) (E + sum over the query heads of Y^T X)
 //     X: k, v                                                    X: q, d_o
 //
-// S and the two factors come from hopper_gates.cu, Y from hopper_queries.cu: of a chunk of several windows relative to each window's reference, so that here it is made
-// one relative to the chunk's beginning (that of hopper_wide_queries.cu is). Tiles come two steps (a chunk and query head) ahead, or five, where there is one block on a multiprocessor. Few sequences and
+// S and the two factors come from hopper_gates.cu, Y from hopper_queries.cu: of a chunk of several windows relative to nothing, so that here it is made relative to
+// the chunk's beginning (that of hopper_wide_queries.cu is). Tiles come two steps (a chunk and query head) ahead, or five, where there is one block on a multiprocessor. Few sequences and
 // heads leave most of the GPU idle: hopper_few.cu.
 #include "core/hopper.cuh"
 #include "core/select.cuh"
@@ -143,11 +143,6 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
       if (step == first) {
         if (!reverse) {
           store_state<64>(state_of(slot), out, p.M, threadIdx.x, bank);
-        } else if (f.cut) {  // hopper_windows.cu reads it as plain memory
-          for (int part = 0; part <= side; ++part) {
-            uint4* to = reinterpret_cast<uint4*>(w.E0 + (at * 3 + (part ? 2 : side)) * 64 * D + slice * kTile);
-            for (int i = threadIdx.x; i < kTile / 8; i += kThreads) to[i] = reinterpret_cast<const uint4*>(out + part * kTile)[i];
-          }
         } else if (threadIdx.x == 0) {
           bulk_store(w.E0 + (at * 3 + side) * 64 * D + slice * kTile, out, kTile * 2);
           if (side) bulk_store(w.E0 + (at * 3 + 2) * 64 * D + slice * kTile, out + kTile, kTile * 2);
@@ -192,7 +187,7 @@ void scan(const BackwardParams& p, const ScanEnds& ends, void* boundary, const B
 void hopper_states(const ForwardParams& p, const void* images, void* boundary, float* products, bool keys_only) {
   BackwardParams b{};
   static_cast<Params&>(b) = p;
-  scan<false>(b, {{p.hk0, p.hv0}, {p.hkT, p.hvT}, p.h0_broadcast}, boundary, {const_cast<void*>(images), nullptr, nullptr, nullptr, nullptr, products},
+  scan<false>(b, {{p.hk0, p.hv0}, {p.hkT, p.hvT}, p.h0_broadcast}, boundary, {const_cast<void*>(images), nullptr, nullptr, nullptr, products},
               keys_only ? 1 : 2);
 }
 

@@ -1,13 +1,13 @@
-// Hopper (sm_90a), in parts: chunks that would have to be cut into windows (core/hopper.cuh) are not cut. What is as wide as a head uses S relative to the chunk's end
-// and Y relative to its beginning, factors <= 1. What is relative to a reference else is [64 x 64] tokens times slots, and in such a chunk made token by token in
-// fp32, decays as products of exp(g_t) <= 1, by 256 threads for each bank: four for each row, 16 slots for each thread.
+// Hopper (sm_90a), in parts: chunks that would have to be cut into windows (core/hopper.cuh) are not cut. What is as wide as a head uses S relative to the
+// chunk's end and Y relative to its beginning, factors <= 1. What is relative to a reference else is [64 x 64] tokens times slots, and in such a chunk made
+// token by token in fp32, decays as products of exp(g_t) <= 1, by 256 threads for each bank: four for each row, 16 slots for each thread.
 //
 //     apply         O_i <- exp(G_i) O_i + sum_{j < i} X_ij exp(G_i - G_j) s_j
 //     contract      A_ij = sum_m y_i s_j exp(G_i - G_j), j <= i               y_i <- exp(G_i) y_i
 //     inner         inner_j = sum_{i > j} X_ij exp(G_i - G_j) y_i
 //
-// Exact for any gates, a reset (-inf) is a product with zero; a NaN is in what follows it and in nothing before. Rare: not inlined, for what surrounds it has no registers
-// to spare. Tiles are [64 x 64] in fp32, those of gates plain [token][slot], all others as R_at says.
+// Exact for any gates, a reset (-inf) is a product with zero; a NaN is in what follows it and in nothing before. Rare: mostly not inlined, for what surrounds
+// it has no registers to spare. Tiles are [64 x 64] in fp32, those of gates plain [token][slot], all others as R_at says.
 #pragma once
 #include "hopper.cuh"
 

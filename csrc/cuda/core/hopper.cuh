@@ -10,7 +10,8 @@
 // which is safe while the gates of no slot span more than `limit` over it: where i >= j the product is at most 1, what overflows elsewhere is not kept, and
 // either factor leaves room for the numbers it goes with. A chunk in which they span more is cut into windows in which they do not; the first gate of a window
 // counts for the state only, so that a window of one token always exists and a reset (-inf) is the first of its window. Tokens outside the window have
-// R = S = 0: the kernels do one window after the other over the same tiles of 64 tokens. One form for all gates, nothing is clamped.
+// R = S = 0: the walks do one window after the other over the same tiles of 64 tokens. One form for all gates, nothing is clamped. The parts do such a chunk
+// as a whole, token by token: core/exact.cuh.
 //
 // Banks. 64 slots of a key/value head: M up to 128 is one or two. What depends on gates, and states, a bank has for itself; its windows are those of the head.
 #pragma once
@@ -447,7 +448,7 @@ struct Window {
 static_assert(sizeof(Window<bf16>) % 1024 == 0);
 
 // What hopper_gates.cu leaves for every chunk, key/value head and bank: its window. If it has several, S, in and out of the chunk as a whole, relative to its end;
-// hopper_queries.cu then leaves in R [token][slot] what makes a row relative to its window's reference one relative to the chunk's beginning.
+// hopper_queries.cu then leaves exp(G) in R, [token][slot].
 template <class E>
 struct GateImage {
   E S[2][kTile];
@@ -712,60 +713,6 @@ struct Advance {
   }
 };
 
-// One of the windows of the chunk at a slot: the tokens from `begin` on, by 256 threads for each bank. For each bank, one after the other: S in two parts (the gates'
-// scratch lies in the second), R (R_at), `in` and, with what is in `advance`, the state before the window H [side][bank][D][64], from the states before the chunk.
-// B: k, v. Everything on its way arrives. Returns where the window ends. Not inlined: rare, and what surrounds it has no registers to spare.
-template <class E, int D, int BANKS>
-__device__ __noinline__ int make_window(const Params& p, int64_t slot, int64_t head, int begin, const Advance<E> first, float* R, E* S, float* in, E* H,
-                                        const E* B_keys, const E* B_values, const E* states) {
-#if GSA_HOPPER
-  Chunk c;
-  if (!find_chunk(p, slot, kChunk, c)) return kChunk;
-  const int bank = __shfl_sync(0xffffffffu, threadIdx.x / 256, 0), side = __shfl_sync(0xffffffffu, threadIdx.x / 128 % 2, 0), tid = threadIdx.x % 256;
-  auto scratch_of = [&](int bank) -> auto& { return *reinterpret_cast<typename GateMaker<E, 8>::Scratch*>(S + (bank * 2 + 1) * kTile); };
-  const Advance<E> advance{first.S + bank * kTile, first.decay + bank * kSlots};
-  GateMaker<E, 8> gates(scratch_of(bank), tid, 1 + bank, bank);
-  float before[2], total[2];
-  gates.load(p, c, head);
-  gates.sums(0, c.length, before, total);
-  gates.spans();
-  __syncthreads();
-  const uint64_t starts = gates.starts(c.length, scratch_of(0).span, scratch_of(BANKS - 1).span), later = begin == 63 ? 0 : starts & ~((2ull << begin) - 1);
-  const int end = later ? __ffsll(later) - 1 : c.length;
-  gates.sums(begin, end, before, total);
-  if (begin > 0) {
-    for (int side = 0; side < 2; ++side) load_state<D, 256>(H + (side * BANKS + bank) * 64 * D, states + side * int64_t(D) * p.M, p.M, tid, bank);
-    cp_async_commit();
-  }
-  cp_async_wait_for<0>();
-  if (begin > 0) advance.write(gates, begin);
-  if (gates.warp == 0) gates.store_edges(nullptr, in + bank * kSlots, nullptr, total);
-  __syncthreads();  // the scratch is done with
-  gates.make(begin, end, before, total);
-  gates.store_tiles(S + bank * 2 * kTile, R + bank * kTile);
-  publish();
-  __syncthreads();
-  if (begin > 0) {
-#pragma unroll 1
-    for (int d = gates.warp % 4 * 16; d < D; d += 64) advance.apply(H + (side * BANKS + bank) * 64 * D, side ? B_values : B_keys, d);
-    publish();
-  }
-  return end;
-#else
-  return kChunk;
-#endif
-}
-// Half of the slots of an R as make_window leaves it, as accumulators lie.
-[[maybe_unused]] __device__ inline void load_R(float (&x)[4][4], const float* R, int row, int column) {
-#pragma unroll
-  for (int t = 0; t < 4; ++t)
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float2 y = *reinterpret_cast<const float2*>(R + R_at(row + 8 * h, column + t * 8));
-      x[t][2 * h] = y.x, x[t][2 * h + 1] = y.y;
-    }
-}
-
 // ------------------------------------------------------------------------------------------------------------ the first half of either pass
 
 // Keeps x[i, j] with i - j >= least (lower), or j - i >= least.
@@ -874,7 +821,7 @@ __device__ inline void softmax(float (&x)[8][4], float c, int M) {
 
 // ------------------------------------------------------------------------------------------------------------ backward
 
-// What hopper_queries.cu leaves for every chunk, query head and bank; rows of each window are relative to its reference.
+// What hopper_queries.cu leaves for every chunk, query head and bank. Of a chunk of several windows Y is relative to nothing: without R.
 template <class E>
 struct Saved {
   E Y[2][2][kTile];                                        // [keys, values][rounded, what rounding dropped]: a cotangent's tile as products read it
@@ -895,13 +842,11 @@ struct Backward {
   GateImage<E>* gates;                                     // [slots][heads][banks]
   E* E0;  // [slots][heads][banks][keys, values, what rounding dropped of the values][D / 64] tiles [slot][dimension]
   float* edge;  // [slots][heads][banks][keys, values][D / 64][64]: exp(G_end) <H, dH>, in parts
-  float* dx;    // [blocks of hopper_windows.cu][keys, values][64 D]: dk or dv of a window, as accumulators lie; where there are two banks
   explicit Backward(const BackwardWorkspace& w)
-      : saved(static_cast<Saved<E>*>(w.saved)), gates(static_cast<GateImage<E>*>(w.gates)), E0(static_cast<E*>(w.E0)), edge(w.edge), dx(w.dx) {}
+      : saved(static_cast<Saved<E>*>(w.saved)), gates(static_cast<GateImage<E>*>(w.gates)), E0(static_cast<E*>(w.E0)), edge(w.edge) {}
 };
 
-// A tile Y of a chunk of several windows: rows relative to each window's reference become relative to the chunk's beginning.
-// By a block of 128 threads; `factors`: GateImage::R.
+// A tile Y of a chunk of several windows becomes relative to the chunk's beginning. By a block of 128 threads; `factors`: GateImage::R.
 template <class E>
 [[maybe_unused]] __device__ __noinline__ void from_the_beginning(E (&Y)[2][kTile], const float* factors, int64_t tokens) {
   const int i = threadIdx.x / 2;
