@@ -139,6 +139,35 @@ def test_a_block_for_all_heads_of_a_group(D, M, r, cuda):
     check(chunk_gsa, x)
 
 
+@in_parts
+@pytest.mark.parametrize("mode", ["coupled", "given"])
+@pytest.mark.parametrize("dtype,D,M,r", [(BF16, 128, 64, 2), (BF16, 64, 128, 3), (FP16, 128, 128, 1), (FP16, 64, 24, 2), (BF16, 256, 64, 2)])
+def test_packed_with_resets(dtype, D, M, r, mode, cuda):
+    """Chunks of several windows, short ones among them, beside chunks of one; a reset at the first token of a sequence, of a chunk, at the last one."""
+    lengths = [0, 1, 40, 0, 64, 17, 200, 0]
+    x = make_inputs(lengths=lengths, HQ=2 * r, H=2, K=D, V=D, M=M, mode=mode, dtype=dtype, device=cuda, initial_state=True)
+    x["g"][:, 5:30, 0, ::2] *= 300
+    x["g"][:, [0, 1, 104, 121, 122, 186, 321], 0, : M // 2] = -torch.inf
+    x["g"][:, 230:240, 1] = -torch.inf
+    check(chunk_gsa, x)
+
+
+@in_parts
+@pytest.mark.parametrize("gate", [8.0, "-inf"])
+@pytest.mark.parametrize("D,M", [(64, 64), (128, 128), (256, 64)])
+def test_nan_in_a_gate(D, M, gate, cuda):
+    """In what follows it in its sequence and head, and in nothing else."""
+    x = make_inputs(lengths=[140, 60], HQ=4, H=2, K=D, V=D, M=M, gate=gate, mode="given", dtype=BF16, device=cuda)
+    y = {**x, "g": x["g"].clone()}
+    y["g"][0, 75, 0, 5] = torch.nan
+    want, got = testing.results(chunk_gsa, x), testing.results(chunk_gsa, y)
+    a, b = want["o"][0], got["o"][0]
+    assert torch.equal(a[:64], b[:64]) and torch.equal(a[:, 2:], b[:, 2:]) and b[75:140, :2].isnan().all()
+    assert (a[64:75].float() - b[64:75].float()).norm() < 0.02 * a[64:75].float().norm()
+    for name in ("o", "dq", "dk", "dv", "ds", "dg"):
+        assert torch.equal(want[name][:, 140:], got[name][:, 140:]), name
+
+
 @pytest.mark.parametrize("hopper", ["few"], indirect=True)
 @pytest.mark.parametrize("strong", [False, True])
 @pytest.mark.parametrize("dtype,D,M,r", [(BF16, 128, 64, 4), (BF16, 64, 24, 1), (FP16, 128, 40, 2), (FP16, 64, 64, 3), (BF16, 128, 128, 2)])
@@ -155,7 +184,7 @@ def test_more_chunks_than_are_on_their_way(dtype, D, M, r, strong, cuda):
 @pytest.mark.parametrize("r", [1, 3])
 @pytest.mark.parametrize("D,M", [(64, 64), (128, 64), (128, 128)])
 def test_strong_gates_in_one_head_of_one_sequence(D, M, r, cuda):
-    """Only that head leaves the parts that work on whole chunks; half of the sequences at a time. Windows are those of all its slots."""
+    """Only that head's chunks are made token by token, whichever slots it is for; half of the sequences at a time."""
     x = make_inputs(4, 130, 16 * r, 16, D, D, M, mode="given", dtype=BF16, device=cuda, initial_state=True)
     x["g"][1, 70:, 3, -9:] *= 200
     x["g"][0, 80:, 5, :9] *= 200
