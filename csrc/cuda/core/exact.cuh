@@ -124,23 +124,36 @@ struct RowSlots {
   }
 };
 
-// apply; diagonal: with j = i.
+// f(j, j < i) for j <= i, from i down. A warp's eight rows go together, for they read the same words: first to where all of them have begun.
+template <class F>
+__device__ inline void exact_back(int i, F&& f) {
+#pragma unroll 1
+  for (int j = i | 7; j >= (i & ~7); --j)
+    if (j <= i) f(j, j < i);
+#pragma unroll 2
+  for (int j = (i & ~7) - 1; j >= 0; --j) f(j, true);
+}
+__device__ inline void exact_multiply(float (&x)[16], const float* tile, int row) {
+  float y[16];
+  RowSlots::load<true>(y, tile, row);
+#pragma unroll
+  for (int m = 0; m < 16; ++m) x[m] *= y[m];
+}
+
+// apply, with j = i.
 [[maybe_unused]] static __device__ __noinline__ void exact_apply_with_diagonal(const float* a, const float* s, float* O, const float* X) {
   const int i = RowSlots::row();
   float sum[16], f[16], x[16];
 #pragma unroll
   for (int m = 0; m < 16; ++m) sum[m] = 0.f, f[m] = 1.f;
-#pragma unroll 1
-  for (int j = i | 7; j >= 0; --j) {  // a warp's rows together: they read the same words
-    if (j > i) continue;
+  exact_back(i, [&](int j, bool) {
     const float b = X[R_at(i, j)];
+    float x[16];
     RowSlots::load<true>(x, s, j);
 #pragma unroll
     for (int m = 0; m < 16; ++m) sum[m] += b * (f[m] * x[m]);
-    RowSlots::load<true>(x, a, j);
-#pragma unroll
-    for (int m = 0; m < 16; ++m) f[m] *= x[m];
-  }
+    exact_multiply(f, a, j);
+  });
   RowSlots::load<false>(x, O, i);
 #pragma unroll
   for (int m = 0; m < 16; ++m) sum[m] += f[m] * x[m];
@@ -153,11 +166,10 @@ struct RowSlots {
   float sum1[16], sum2[16], f[16], x[16];
 #pragma unroll
   for (int m = 0; m < 16; ++m) sum1[m] = sum2[m] = 0.f, f[m] = 1.f;
-#pragma unroll 1
-  for (int j = i | 7; j >= 0; --j) {
-    if (j > i) continue;
-    if (j < i) {
+  exact_back(i, [&](int j, bool before) {
+    if (before) {
       const float b1 = X1[R_at(i, j)], b2 = X2[R_at(i, j)];
+      float x[16];
       RowSlots::load<true>(x, s, j);
 #pragma unroll
       for (int m = 0; m < 16; ++m) {
@@ -165,10 +177,8 @@ struct RowSlots {
         sum1[m] += b1 * decayed, sum2[m] += b2 * decayed;
       }
     }
-    RowSlots::load<true>(x, a, j);
-#pragma unroll
-    for (int m = 0; m < 16; ++m) f[m] *= x[m];
-  }
+    exact_multiply(f, a, j);
+  });
   RowSlots::load<false>(x, O1, i);
 #pragma unroll
   for (int m = 0; m < 16; ++m) sum1[m] += f[m] * x[m];
@@ -184,19 +194,27 @@ struct RowSlots {
 template <class F>
 __device__ inline void exact_contract(float (&y)[16], const float* a, const float* s, F&& f) {
   const int i = RowSlots::row();
+  auto next = [&](int j) {
+    float x[16], sum[4] = {0.f, 0.f, 0.f, 0.f};
+    RowSlots::load<true>(x, s, j);
+#pragma unroll
+    for (int m = 0; m < 16; ++m) sum[m % 4] += y[m] * x[m];
+    exact_multiply(y, a, j);
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  };
 #pragma unroll 1
-  for (int j = 63; j >= 0; --j) {
-    float sum = 0.f, x[16];
-    if (j <= i) {
-      RowSlots::load<true>(x, s, j);
-#pragma unroll
-      for (int m = 0; m < 16; ++m) sum += y[m] * x[m];
-      RowSlots::load<true>(x, a, j);
-#pragma unroll
-      for (int m = 0; m < 16; ++m) y[m] *= x[m];
-    }
+  for (int j = 63; j > (i | 7); --j) f(j, 0.f);
+#pragma unroll 1
+  for (int j = i | 7; j >= (i & ~7); --j) {
+    const float sum = j <= i ? next(j) : 0.f;
     __syncwarp();
     f(j, quad_sum(sum));
+  }
+#pragma unroll 1
+  for (int j = (i & ~7) - 1; j >= 0; j -= 2) {  // two at a time, before anything is stored
+    float first = next(j), second = next(j - 1);
+    first = quad_sum(first), second = quad_sum(second);
+    f(j, first), f(j - 1, second);
   }
 }
 // Y becomes exp(G) Y.
@@ -210,21 +228,17 @@ __device__ inline void exact_contract(float (&y)[16], const float* a, const floa
   RowSlots::store<false>(Y, i, y);
 }
 
-// f(u, exp(G_u - G_j)), u from j + 1 on; in the end, exp(G_end - G_j) is left in `decay`.
+// f(u), u from j + 1 on, where `decay` is exp(G_u - G_j); in the end it is exp(G_end - G_j).
 template <class F>
 __device__ inline void exact_inner(float (&decay)[16], const float* a, F&& f) {
   const int j = RowSlots::row();
 #pragma unroll
   for (int m = 0; m < 16; ++m) decay[m] = 1.f;
 #pragma unroll 1
-  for (int u = j & ~7; u < 64; ++u) {  // a warp's rows together
-    if (u <= j) continue;
-    float x[16];
-    RowSlots::load<true>(x, a, u);
-#pragma unroll
-    for (int m = 0; m < 16; ++m) decay[m] *= x[m];
-    f(u);
-  }
+  for (int u = (j & ~7) + 1; u < (j | 7) + 1; ++u)  // a warp's rows together
+    if (u > j) exact_multiply(decay, a, u), f(u);
+#pragma unroll 2
+  for (int u = (j | 7) + 1; u < 64; ++u) exact_multiply(decay, a, u), f(u);
 }
 
 }  // namespace gsa::cuda::hopper
