@@ -49,7 +49,7 @@ struct ExactQueries {
   float X[2][kTile], O[BANKS][kTile], a[BANKS][kTile], s[BANKS][kTile];
   union {
     struct {
-      float dp[BANKS][kTile], sum[2 * BANKS][64], dot[2 * BANKS][64], diagonal[2][64];
+      float dp[BANKS][kTile], sum[2 * BANKS][64], dot[2 * BANKS][64];  // dot: first the diagonals of q k^T and d_o v^T
     };
     struct {
       E k[64 * D], Hk[BANKS][64 * D];
@@ -60,6 +60,7 @@ template <class E, int D, int BANKS>
 constexpr int64_t queries_shared() {
   return std::max(sizeof(QueriesShared<E, D, BANKS>), sizeof(ExactQueries<E, D, BANKS>));
 }
+static_assert(queries_shared<bf16, 64, 1>() <= 97 * 1024);  // two blocks leave the L1 60 KB
 static_assert(queries_shared<bf16, 128, 1>() <= 113 * 1024 && queries_shared<bf16, 128, 2>() <= 227 * 1024);
 
 // A chunk of several windows, whose tokens and states are on their way. Finds everything anew: what the usual way keeps in registers is its own.
@@ -106,7 +107,7 @@ __device__ __forceinline__ void exact_queries(const BackwardParams& p, char* mem
       store_R(half ? m.dp[bank] : m.O[bank], o, row, frag_col());
       if (bank == 0) {
         store_R(m.X[half], x, row, frag_col());
-        if ((lane_id() & 3) == 0) m.diagonal[half][row] = d[0], m.diagonal[half][row + 8] = d[1];
+        if ((lane_id() & 3) == 0) m.dot[half][row] = d[0], m.dot[half][row + 8] = d[1];
       }
     }
     exact_gates<E>(p, slot, head, rows_bank, m.a[rows_bank], m.s[rows_bank]);
@@ -121,12 +122,12 @@ __device__ __forceinline__ void exact_queries(const BackwardParams& p, char* mem
       load_R(o, m.O[bank], row, col);
       load_R(dp, m.dp[bank], row, col);
       load_plain(s, m.s[bank], row, col);
-      const float d[2] = {m.diagonal[0][row], m.diagonal[0][row + 8]}, b[2] = {m.diagonal[1][row], m.diagonal[1][row + 8]}, scale = static_cast<float>(p.scale);
+      const float d[2] = {m.dot[0][row], m.dot[0][row + 8]}, b[2] = {m.dot[1][row], m.dot[1][row + 8]}, scale = static_cast<float>(p.scale);
 #pragma unroll
       for (int t = 0; t < 4; ++t)
 #pragma unroll
         for (int e = 0; e < 4; ++e) y[t][e] = fmaf(d[e >> 1], s[t][e], o[t][e]);
-      softmax_of_shares(y, scale * 1.4426950408889634f, p.M, m.sum, share, row);  // everybody has read O
+      softmax_of_shares(y, scale * 1.4426950408889634f, p.M, m.sum, share, row);  // everybody has read O and the diagonals
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         dot[h] = 0.f;
