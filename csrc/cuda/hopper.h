@@ -37,8 +37,10 @@ int64_t hopper_products_bytes(const Params& p);
 int64_t hopper_backward_workspace(const Params& p);
 void hopper_backward(const BackwardParams& p);
 
-// Where hopper_fuses, in one kernel after the forward walk.
-void hopper_fused(const BackwardParams& p, const void* boundary);
+// Where hopper_fuses, in one kernel after hopper_gates and the states. Sequences and heads that have a chunk of several windows are left out, and noted in `cut`, room
+// for [N, H] numbers; the second one does those.
+void hopper_walk(const BackwardParams& p, const void* boundary, const void* images, int* cut);
+void hopper_fused(const BackwardParams& p, const void* boundary, const int* cut);
 
 // Else in parts, after hopper_gates and hopper_states, in this order. The workspace is what the parts leave for each other (Backward, core/hopper.cuh).
 struct BackwardWorkspace {

@@ -9,7 +9,7 @@ namespace {
 int slices(const Params& p) { return !hopper_fuses(p) && !p.cu_seqlens && p.N % 2 == 0 && p.N * p.H >= 64 ? 2 : 1; }
 
 struct Plan {
-  int64_t boundary = 0, gates = 0, saved = 0, E0 = 0, edge = 0, products = 0, bytes = 0;
+  int64_t boundary = 0, gates = 0, cut = 0, saved = 0, E0 = 0, edge = 0, products = 0, bytes = 0;
   Plan(const Params& p, bool few) {
     auto take = [&](int64_t n) {
       const int64_t at = bytes;
@@ -18,8 +18,9 @@ struct Plan {
     };
     const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, hopper::kChunk), chunks = slots * p.H, banks = hopper::banks_of(p);
     if (!p.boundary) boundary = take(chunks * (p.K + p.V) * p.M * 2);
-    if (hopper_fuses(p)) return;
     gates = take(hopper_gates_bytes(p));
+    cut = take(p.N * p.H * 4);
+    if (hopper_fuses(p)) return;
     saved = take(slots * p.HQ * banks * static_cast<int64_t>(hopper_wide(p) ? sizeof(hopper::WideSaved<half>) : sizeof(hopper::Saved<half>)));
     E0 = take(chunks * banks * 3 * 64 * p.K * 2);
     edge = take(chunks * banks * 2 * p.K * 4);
@@ -60,8 +61,12 @@ void hopper_backward(const BackwardParams& whole) {
     ForwardParams states_only{};
     static_cast<Params&>(states_only) = p;
     if (hopper_fuses(p)) {
-      if (!p.boundary) hopper_forward(states_only, boundary);
-      hopper_fused(p, boundary);
+      void* const gates = base + plan.gates;
+      int* const cut = reinterpret_cast<int*>(base + plan.cut);
+      hopper_gates(p, gates);
+      if (!p.boundary) hopper_forward(states_only, boundary, gates, cut);
+      hopper_walk(p, boundary, gates, cut);
+      hopper_fused(p, boundary, cut);
       continue;
     }
     float* const products = few ? reinterpret_cast<float*>(base + plan.products) : nullptr;

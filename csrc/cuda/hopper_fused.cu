@@ -381,11 +381,12 @@ __device__ __forceinline__ void fused_side(const BackwardParams& p, FusedShared<
 
 // packed: sequences of several lengths. In a kernel of its own: finding the longest costs registers all along (4 x 4096, 32/32, forward + backward: 1.91 ms became 1.99).
 template <class E, int D, bool packed>
-__global__ __launch_bounds__(384, 1) void fused_kernel(const __grid_constant__ BackwardParams p, const E* boundary) {
+__global__ __launch_bounds__(384, 1) void fused_kernel(const __grid_constant__ BackwardParams p, const E* boundary, const int* cut) {
 #if GSA_HOPPER
   extern __shared__ __align__(1024) char memory[];
   auto& m = *reinterpret_cast<FusedShared<E, D>*>(memory);
   const int64_t head = blockIdx.x % p.H, n = packed ? longest_first(p, blockIdx.x / p.H, m.found) : blockIdx.x / p.H;
+  if (!cut[n * p.H + head]) return;
   const int role = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), tid = threadIdx.x % 128;
   if (threadIdx.x == 0) {
     init(&m.full, 128), init(&m.window_free, 8), init(&m.exchange_free, 8);
@@ -450,10 +451,10 @@ __global__ __launch_bounds__(384, 1) void fused_kernel(const __grid_constant__ B
 
 }  // namespace
 
-void hopper_fused(const BackwardParams& p, const void* boundary) {
+void hopper_fused(const BackwardParams& p, const void* boundary, const int* cut) {
   select_hopper(p, [&]<class E, int D>() {
     launch("hopper_fused", p.cu_seqlens ? fused_kernel<E, D, true> : fused_kernel<E, D, false>, p.N * p.H, 384, sizeof(FusedShared<E, D>), p.stream, p,
-           static_cast<const E*>(boundary));
+           static_cast<const E*>(boundary), cut);
   });
 }
 

@@ -770,7 +770,8 @@ __device__ inline void diagonal_of(float (&d)[2], const float (&x)[8][4], int wa
 // o[i, m] = exp(ref) (a H) + X S, X = tril(a b^T): times R, o1 / scale from (q, k, Hk), dp from (d_o, v, Hv). All slots, or 32: H, S, in from the first one on.
 // diagonal false: X strictly lower, and the diagonal of a b^T apart, of rows lane / 4 and lane / 4 + 8.
 template <class E, int D, bool diagonal, int NT>
-__device__ __forceinline__ void scores(float (&o)[NT][4], float (&d)[2], const E* a, const E* b, const E* H, const E* S, const float* in, int warp) {
+__device__ __forceinline__ void scores(float (&o)[NT][4], float (&d)[2], const E* a, const E* b, const E* H, const E* S, const float* in, int warp,
+                                       float* diagonals = nullptr) {
   float x[8][4];
   hand_over(x);
   hand_over(o);
@@ -781,7 +782,10 @@ __device__ __forceinline__ void scores(float (&o)[NT][4], float (&d)[2], const E
   products_commit();
   products_wait<1>();
   hand_over(x);
-  if constexpr (!diagonal) diagonal_of(d, x, warp);
+  if constexpr (!diagonal) {
+    diagonal_of(d, x, warp);
+    if (diagonals && (lane_id() & 3) == 0) diagonals[warp * 16 + frag_row()] = d[0], diagonals[warp * 16 + frag_row() + 8] = d[1];
+  }
   keep<true, diagonal ? 0 : 1>(x, warp);
   const auto X = split<E>(x);
   products_wait<0>();

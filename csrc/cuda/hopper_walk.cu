@@ -1,0 +1,546 @@
+// Chunked backward for Hopper (sm_90a), where each query head has keys and values of its own and there are enough heads for the GPU: one block for each sequence and
+// head, its chunks from the last to the first, the cotangents of its states in registers; nothing but inputs, gates (hopper_gates.cu), boundary states and gradients in
+// memory. (Sequences with a chunk of several windows are left to hopper_fused.cu, a second launch.) Per chunk, with keys on the left and values on the right:
+//
+//     A, B, H                q, k, Hk                                                d_o, v, Hv               H before the chunk
+//     scores (hopper.cuh)    o1 = R (exp(ref) (q Hk) + tril(q k^T) S)                dp from d_o, v, Hv       without their diagonals
+//     Y                      scale R p (dp - <p, dp>)                                R p                      p = softmax(scale o1)
+//     e                      o1 do1 + p dp, o1 and dp without the diagonal
+//                            dq = tril(Y S^T) k + (Y exp(ref)) Hk^T
+//     W^T = triu(S Y^T)      dk = W^T q + S E                                        dv = W^T d_o + S E       E = exp(G_end - ref) dH
+//     inner                  strict triu(k q^T) Y                                    strict triu(v d_o^T) Y
+//     outer                  k E^T                                                   v E^T
+//     dH <-                  exp(ref) (E + Y^T q)                                    exp(ref) (E + Y^T d_o)   cotangent before the chunk
+//
+// and then, inner and outer the sums of both sides:
+//     ds_j = (inner + outer + diagonal of (B A^T) Y) / R
+//     dg_t = sum_{u >= t} (e_u - S_u inner_u) + sum_{j < t} S_j outer_j + exp(G_end) <H, dH>     (products with triangles of ones)
+// Neither e nor inner has the diagonal, and what comes from after the chunk is summed from the front: nothing large is left to cancel (chunk_backward.cu).
+//
+// Four warpgroups, each with what it needs not wait for while the others are at work:
+//     queries 0, 1           scores, one the keys' and one the values'; halves of the slots exchanged, Y, e;    then 0 has dq, 1 inner;    then ds and dg, half each
+//     keys, values           tokens; E, outer, <H, dH>;                                                         then dk or dv, and dH
+// What has to be more exact than 16 bits is an operand in two parts (16 + 16 bits): X in the scores and in inner, S, Y, W and E of the values, the terms of dg.
+//
+//     shared memory               written by          read by              barriers (full / free)
+//     A, B [side]                 keys; values        all                  tokens_full / tokens_free and the warpgroup's own
+//     H [side]                    queries             all                  H_full / -; then e and half of inner, and kOfQueries
+//     S, start, in, out [turn]    bulk copy           all                  S_full / kOfQueries, done
+//     E [side]                    its side            its side             the warpgroup's own
+//     Y                           queries             all                  kOfAll / done; before it what the queries exchange, after it the terms of dg
+//     outer                       keys, then values   queries              kOfAll / outer_free
+#include "core/hopper.cuh"
+#include "core/select.cuh"
+#include "hopper.h"
+
+namespace gsa::cuda {
+namespace {
+
+using namespace hopper;
+
+template <class E, int D>
+struct WalkShared {
+  struct RowSums {  // of either half of the slots; in Y[1]
+    float top[2][64], sum[2][64], dot[2][64];
+  };
+  E A[2][64 * D], B[2][64 * D], H[2][64 * D];
+  E E0[2][64 * D], E1[64 * D];  // rounded; of the values, what rounding dropped
+  E Y[2][2][kTile];             // [keys, values][part]
+  E S[2][2][kTile];             // [turn][part]
+  float outer[kTile];
+  float spare[D == 64 ? kTile + kTile / 2 : 4];
+  struct {
+    float start[kSlots], in[kSlots], out[kSlots];  // as in GateImage
+  } factors[2];
+  float edge[2][kSlots], diagonal[2][64];  // exp(G_end) <H, dH>; of q k^T, of d_o v^T
+  uint64_t S_full[2], tokens_full, tokens_free, H_full, outer_free, done;
+  int found;
+  Sequence sequence;
+  __device__ Chunk chunk(const Params& p, int i) const {
+    Chunk c;
+    c.seq = sequence;
+    c.select(p, i, kChunk);
+    return c;
+  }
+  __device__ float* given() { return reinterpret_cast<float*>(Y[0]); }
+  __device__ RowSums& sums() { return *reinterpret_cast<RowSums*>(Y[1]); }
+  // Where the states are done with, at 128 dimensions.
+  __device__ float* e() { return D == 64 ? spare : reinterpret_cast<float*>(H[1]); }
+  __device__ float* inner() { return D == 64 ? spare + kTile : reinterpret_cast<float*>(H[0]); }
+};
+static_assert(sizeof(WalkShared<bf16, 128>) <= 227 * 1024);
+
+// Addresses are made where they are used: there are no registers to keep them in.
+template <class T>
+__device__ inline T& anew(T& x) {
+  return *reinterpret_cast<T*>(reinterpret_cast<char*>(&x) + kept(0));
+}
+
+[[maybe_unused]] constexpr int kOfQueries = 1, kOfKeys = 2, kOfAll = 3;  // barriers of 256, 256, 512
+
+// Queries 0 and 1.
+template <class E, int D>
+__device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared<E, D>& shared, const E* boundary, const GateImage<E>* images, int chunks, int first_slot,
+                                             int head, const int half) {
+  auto load_H = [&](int i) {
+    if (i >= 0) load_state<D, 128>(shared.H[half], boundary + (int64_t(first_slot + i) * p.H + head) * 2 * D * p.M + half * D * p.M, p.M, threadIdx.x % 128);
+    cp_async_commit();
+  };
+  auto load_S = [&](int i, int turn) {
+    if (i < 0 || threadIdx.x) return;
+    auto& m = anew(shared);
+    const GateImage<E>& image = images[int64_t(first_slot + i) * p.H + head];
+    arrive_expecting(m.S_full + turn, sizeof(m.S[0]) + sizeof(m.factors[0]));
+    bulk_load(m.S[turn], image.S, sizeof(m.S[0]), m.S_full + turn);
+    bulk_load(m.factors + turn, image.start, sizeof(m.factors[0]), m.S_full + turn);
+  };
+  load_H(chunks - 1);
+  load_S(chunks - 1, 0);
+  uint32_t turn = 0, S_parity = 0;  // turn: of the chunk, and the parity of what is used once a chunk
+#pragma unroll 1
+  for (int i = chunks - 1; i >= 0; --i) {
+    auto& m = anew(shared);
+    const int tid = kept(threadIdx.x) % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0), row = warp * 16 + frag_row();
+    const float scale = static_cast<float>(p.scale);
+    const float4* const R_image = reinterpret_cast<const float4*>(images[int64_t(first_slot + i) * p.H + head].R) + half * 512 + tid;
+    float o[4][4], dp[4][4];  // o1, then e; dp, then Yk
+    {
+      cp_async_wait_for<0>();
+      publish();
+      arrive(&m.H_full);
+      wait(m.S_full + turn, S_parity);
+      wait(&m.tokens_full, turn);
+      wait(&m.H_full, turn);
+      float x[8][4], other[2];
+      scores<E, D, false>(x, other, m.A[half], m.B[half], m.H[half], m.S[turn][0], m.factors[turn].in, warp, m.diagonal[half]);
+      sync(kOfQueries, 256);  // the terms of dg are done with, and so is all of the chunk before
+      load_S(i - 1, turn ^ 1);
+      float4* const to = reinterpret_cast<float4*>(m.given() + half * 64 * 32) + tid;
+#pragma unroll
+      for (int t = 0; t < 4; ++t) {
+        const float (&mine)[4] = x[t], (&theirs)[4] = x[t + 4];
+        to[t * 128] = half ? make_float4(mine[0], mine[1], mine[2], mine[3]) : make_float4(theirs[0], theirs[1], theirs[2], theirs[3]);
+      }
+      sync(kOfQueries, 256);
+      const float4* const from = reinterpret_cast<const float4*>(m.given() + !half * 64 * 32) + tid;
+#pragma unroll
+      for (int t = 0; t < 4; ++t) {
+        const float4 y = from[t * 128];
+        const float got[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float kept_back = half ? x[t + 4][e] : x[t][e];
+          o[t][e] = half ? got[e] : kept_back, dp[t][e] = half ? kept_back : got[e];
+        }
+      }
+    }
+    {  // softmax, and <p, dp>, over all slots
+      float R[4][4], y[4][4], s[4][4], top[2], sum[2], dot[2], d[2], b[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) d[h] = m.diagonal[0][row + 8 * h], b[h] = m.diagonal[1][row + 8 * h];
+#pragma unroll
+      for (int t = 0; t < 4; ++t) {
+        const float4 x = R_image[t * 128];
+        R[t][0] = x.x, R[t][1] = x.y, R[t][2] = x.z, R[t][3] = x.w;
+      }
+      auto& sums = m.sums();
+      const uint32_t S_row = place(m.S[turn][0], row, frag_col()) ^ (half * 64);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        top[h] = -INFINITY, sum[h] = dot[h] = 0.f;
+#pragma unroll
+        for (int t = 0; t < 4; ++t) {
+          const float2 S = both_at<E>((S_row + h * 1024) ^ (t * 16));
+          s[t][2 * h] = S.x * R[t][2 * h], s[t][2 * h + 1] = S.y * R[t][2 * h + 1];
+#pragma unroll
+          for (int e = 2 * h; e < 2 * h + 2; ++e) {
+            o[t][e] *= R[t][e], dp[t][e] *= R[t][e];
+            y[t][e] = half * 32 + t * 8 < p.M ? fmaf(d[h], s[t][e], o[t][e]) * (scale * 1.4426950408889634f) : -INFINITY;
+            top[h] = fmaxf(top[h], y[t][e]);
+          }
+        }
+        top[h] = fmaxf(quad_max(top[h]), -1e30f);  // a share without slots
+#pragma unroll
+        for (int t = 0; t < 4; ++t)
+#pragma unroll
+          for (int e = 2 * h; e < 2 * h + 2; ++e) y[t][e] = fast_exp2(y[t][e] - top[h]), sum[h] += y[t][e], dot[h] += y[t][e] * fmaf(b[h], s[t][e], dp[t][e]);
+        sum[h] = quad_sum(sum[h]), dot[h] = quad_sum(dot[h]);
+        if ((lane_id() & 3) == 0) sums.top[half][row + 8 * h] = top[h], sums.sum[half][row + 8 * h] = sum[h], sums.dot[half][row + 8 * h] = dot[h];
+      }
+      sync(kOfQueries, 256);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int j = row + 8 * h;
+        const float all = fmaxf(top[h], sums.top[!half][j]), mine = fast_exp2(top[h] - all), theirs = fast_exp2(sums.top[!half][j] - all);
+        const float inv = 1.f / (sum[h] * mine + sums.sum[!half][j] * theirs), f = mine * inv;
+        dot[h] = (dot[h] * mine + sums.dot[!half][j] * theirs) * inv;
+#pragma unroll
+        for (int t = 0; t < 4; ++t)
+#pragma unroll
+          for (int e = 2 * h; e < 2 * h + 2; ++e) {  // e in the place of o, Yk in that of dp, Yv in that of y
+            const float prob = y[t][e] * f, cotangent = scale * prob * (fmaf(b[h], s[t][e], dp[t][e]) - dot[h]);
+            o[t][e] = fmaf(o[t][e], cotangent, prob * dp[t][e]);
+            dp[t][e] = cotangent * R[t][e];
+            y[t][e] = prob * R[t][e];
+          }
+      }
+      sync(kOfQueries, 256);  // what lies in Y is done with
+      auto Y = split<E>(dp);
+      store_operand<E>(m.Y[0][0], Y.hi, warp, half * 32);
+      store_operand<E>(m.Y[0][1], Y.lo, warp, half * 32);
+      Y = split<E>(y);
+      store_operand<E>(m.Y[1][0], Y.hi, warp, half * 32);
+      store_operand<E>(m.Y[1][1], Y.lo, warp, half * 32);
+    }
+    publish();
+    sync(kOfAll, 512);
+    {
+      float4* const to = reinterpret_cast<float4*>(m.e()) + half * 512 + tid;
+#pragma unroll
+      for (int t = 0; t < 4; ++t) to[t * 128] = make_float4(o[t][0], o[t][1], o[t][2], o[t][3]);
+    }
+    float inner[4][4];
+    if (half == 0) {  // dq
+      auto& m = anew(shared);
+      const int tid = kept(threadIdx.x) % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0);
+      float x[8][4];
+      hand_over(x);
+      products_begin();
+      product<E, 4, 0, 0>(x, kmajor(m.Y[0][0]), kmajor(m.S[turn][0]), false);
+      product<E, 4, 0, 0>(x, kmajor(m.Y[0][1]), kmajor(m.S[turn][0]), true);
+      product<E, 4, 0, 0>(x, kmajor(m.Y[0][0]), kmajor(m.S[turn][1]), true);
+      products_commit();
+      const auto Yref = operand_times(m.Y[0][0], m.factors[turn].in, warp);
+      products_wait<0>();
+      hand_over(x);
+      keep<true, 0>(x, warp);
+      const auto dA1 = operand<E>(x);
+#pragma unroll 1
+      for (int g = 0; g < D / 64; ++g) {
+        float dq[8][4];
+        zero(dq);
+        hand_over(dq);
+        products_begin();
+        product<E, 1>(dq, dA1, mnmajor(m.B[0] + g * kTile));
+        product<E, 0>(dq, Yref, kmajor(m.H[0] + g * kTile));
+        products_commit();
+        products_wait<0>();
+        hand_over(dq);
+        const Chunk c = m.chunk(p, i);
+        store_window<E>(rows_of(p.dq, c, head), dq, warp, 0, c.length, g * 64);
+      }
+      arrive(&m.tokens_free);
+      sync(kOfQueries, 256);  // Hk is done with
+      sync(kOfQueries, 256);
+      const float4* const from = reinterpret_cast<const float4*>(m.inner()) + tid;
+#pragma unroll
+      for (int t = 0; t < 4; ++t) {
+        const float4 y = from[t * 128];
+        inner[t][0] = y.x, inner[t][1] = y.y, inner[t][2] = y.z, inner[t][3] = y.w;
+      }
+    } else {
+      auto& m = anew(shared);
+      const int tid = kept(threadIdx.x) % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0);
+      float all[8][4];
+      zero(all);
+#pragma unroll 1
+      for (int side = 0; side < 2; ++side) {
+        float x[8][4];
+        hand_over(x);
+        products_begin();
+        product<E, D / 16, 0, 0>(x, kmajor(m.B[side]), kmajor(m.A[side]), false);
+        products_commit();
+        products_wait<0>();
+        hand_over(x);
+        keep<false, 1>(x, warp);
+        const auto X = split<E>(x);
+        hand_over(all);
+        products_begin();
+        product<E, 1>(all, X.hi, mnmajor(m.Y[side][0]));
+        product<E, 1>(all, X.lo, mnmajor(m.Y[side][0]));
+        product<E, 1>(all, X.hi, mnmajor(m.Y[side][1]));
+        products_commit();
+        products_wait<0>();
+        hand_over(all);
+      }
+      arrive(&m.tokens_free);
+      sync(kOfQueries, 256);
+      float4* const to = reinterpret_cast<float4*>(m.inner()) + tid;
+#pragma unroll
+      for (int t = 0; t < 4; ++t) {
+        to[t * 128] = make_float4(all[t][0], all[t][1], all[t][2], all[t][3]);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) inner[t][e] = all[t + 4][e];
+      }
+      sync(kOfQueries, 256);
+    }
+
+    // ds in the place of inner; terms of dg from the back, from the front; write strengths
+    float T[4][4], F[4][4], s[4][4];
+    {
+      auto& m = anew(shared);
+      const int tid = kept(threadIdx.x) % 128, row = tid / 32 * 16 + frag_row();
+      const float4* const R_image = reinterpret_cast<const float4*>(images[int64_t(first_slot + i) * p.H + head].R) + half * 512 + tid;
+      const float4 *const e = reinterpret_cast<const float4*>(m.e()) + half * 512 + tid, *const outer = reinterpret_cast<const float4*>(m.outer) + half * 512 + tid;
+      const uint32_t S_row = place(m.S[turn][0], row, frag_col()) ^ (half * 64), Y_row = place(m.Y[0][0], row, frag_col()) ^ (half * 64);
+      const float d[2] = {m.diagonal[0][row], m.diagonal[0][row + 8]}, b[2] = {m.diagonal[1][row], m.diagonal[1][row + 8]};
+#pragma unroll
+      for (int t = 0; t < 4; ++t) {
+        const float4 Rs = R_image[t * 128], from = outer[t * 128], before = e[t * 128];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float2 S = both_at<E>((S_row + h * 1024) ^ (t * 16)), Yk = both_at<E>((Y_row + h * 1024) ^ (t * 16));
+          const float2 Yv = both_at<E>(((Y_row + h * 1024) ^ (t * 16)) + 4 * kTile);
+          const float2 R = h ? make_float2(Rs.z, Rs.w) : make_float2(Rs.x, Rs.y), out = h ? make_float2(from.z, from.w) : make_float2(from.x, from.y);
+          const float2 term = h ? make_float2(before.z, before.w) : make_float2(before.x, before.y);
+#pragma unroll
+          for (int x = 0; x < 2; ++x) {
+            const int k = 2 * h + x;
+            const float S_ = x ? S.y : S.x, R_ = x ? R.y : R.x, out_ = x ? out.y : out.x, diagonal = d[h] * (x ? Yk.y : Yk.x) + b[h] * (x ? Yv.y : Yv.x);
+            T[t][k] = (x ? term.y : term.x) - S_ * inner[t][k];
+            inner[t][k] = __fdividef(inner[t][k] + out_ + diagonal, R_);  // after the sequence: not stored
+            F[t][k] = S_ * out_;
+            s[t][k] = S_ * R_;
+          }
+        }
+      }
+    }
+    wait(&m.done, turn);  // the keys and values are, with Y
+    sync(kOfQueries, 256);
+    arrive(&m.outer_free);
+    load_H(i - 1);
+    {
+      auto& m = anew(shared);
+      const int tid = kept(threadIdx.x) % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0), row = warp * 16 + frag_row();
+      const bool coupled = p.s.ptr == nullptr;
+      E *const T_tile = m.Y[half][0], *const F_tile = m.Y[half][1];  // of this half's columns, two parts side by side
+      auto X = split<E>(T);
+      store_operand<E>(T_tile, X.hi, warp), store_operand<E>(T_tile, X.lo, warp, 32);
+      X = split<E>(F);
+      store_operand<E>(F_tile, X.hi, warp), store_operand<E>(F_tile, X.lo, warp, 32);
+      publish();
+      sync(4 + half, 128);
+      float dg[4][4];
+      zero(dg);
+      hand_over(dg);
+      products_begin();
+      {
+        const auto ones = triangle_of_ones<E, true>(warp);
+        product<E, 1>(dg, ones, mnmajor(T_tile));
+        product<E, 1>(dg, ones, mnmajor(T_tile + 32));
+      }
+      {
+        const auto ones = triangle_of_ones<E, false>(warp);
+        product<E, 1>(dg, ones, mnmajor(F_tile));
+        product<E, 1>(dg, ones, mnmajor(F_tile + 32));
+      }
+      products_commit();
+      products_wait<0>();
+      hand_over(dg);
+      const Chunk c = m.chunk(p, i);
+      const int col = half * 32 + frag_col();
+      const Rows ds_rows = rows_of(p.ds, c, head), dg_rows = rows_of(p.dg, c, head);
+#pragma unroll
+      for (int t = 0; t < 4; ++t) {
+        const float2 k = *reinterpret_cast<const float2*>(m.edge[0] + col + t * 8), v = *reinterpret_cast<const float2*>(m.edge[1] + col + t * 8);
+        dg[t][0] += k.x + v.x, dg[t][1] += k.y + v.y, dg[t][2] += k.x + v.x, dg[t][3] += k.y + v.y;
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int j = row + 8 * h;
+        if (j < c.length)
+#pragma unroll
+          for (int t = 0; t < 4; ++t) {
+            float x[2];
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              x[e] = dg[t][2 * h + e];
+              if (j == 0 && m.factors[turn].start[col + t * 8 + e] == 0.f) x[e] = 0.f;  // a reset forgets whatever the gate would have changed
+              if (coupled) x[e] -= (1.f - s[t][2 * h + e]) * inner[t][2 * h + e];  // s = 1 - exp(g)
+            }
+            if (half * 32 + t * 8 < p.M) {
+              store_pair<E>(p.dg, dg_rows.at(j) + col + t * 8, x[0], x[1]);
+              if (!coupled) store_pair<E>(p.ds, ds_rows.at(j) + col + t * 8, inner[t][2 * h], inner[t][2 * h + 1]);
+            }
+          }
+      }
+    }
+    S_parity ^= turn, turn ^= 1;
+  }
+}
+
+// Keys, or values.
+template <class E, int D>
+__device__ __forceinline__ void walk_keys(const BackwardParams& p, WalkShared<E, D>& m, int chunks, int64_t n, int head, const int values) {
+  constexpr int NT = D / 8;
+  const int own = 6 + values;  // barrier of this warpgroup
+  const int tid = threadIdx.x % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0), row = warp * 16 + frag_row();
+  E *const A = m.A[values], *const B = m.B[values], *const E0 = m.E0[values], *const E1 = m.E1;
+  auto load = [&](int i) {
+    if (i >= 0) {
+      const Chunk c = m.chunk(p, i);
+      load_tokens<D, 128>(A, rows_of(values ? p.d_o : p.q, c, head), c.length, tid);
+      load_tokens<D, 128>(B, rows_of(values ? p.v : p.k, c, head), c.length, tid);
+    }
+    cp_async_commit();
+  };
+  load(chunks - 1);
+  float dH[NT][4];
+  {
+    const float* in = static_cast<const float*>(values ? p.dhvT : p.dhkT);
+    load_registers(dH, in ? in + (n * p.H + head) * D * p.M : nullptr, values, D, p.M, warp);
+  }
+  uint32_t turn = 0, S_parity = 0;
+#pragma unroll 1
+  for (int i = chunks - 1; i >= 0; --i) {
+    cp_async_wait_for<0>();
+    publish();
+    arrive(&m.tokens_full);
+    if (i > 0 && tid < D) {  // the next ones as far as the L2: full chunks all
+      const Chunk c = m.chunk(p, i - 1);
+      const int line = tid % (D / 64) * 64;
+      const Rows a = rows_of(values ? p.d_o : p.q, c, head), b = rows_of(values ? p.v : p.k, c, head);
+      prefetch_line(static_cast<const E*>(a.ptr) + a.at(tid / (D / 64)) + line);
+      prefetch_line(static_cast<const E*>(b.ptr) + b.at(tid / (D / 64)) + line);
+    }
+    wait(&m.tokens_full, turn);
+    wait(m.S_full + turn, S_parity);
+    const auto& factors = m.factors[turn];
+    scale_rows(dH, factors.out[row], factors.out[row + 8]);  // E
+#pragma unroll
+    for (int g = 0; g < D / 64; ++g) {
+      float x[8][4];
+#pragma unroll
+      for (int t = 0; t < 8; ++t)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) x[t][e] = dH[g * 8 + t][e];
+      if (values) {
+        const auto X = split<E>(x);
+        store_operand<E>(E0 + g * kTile, X.hi, warp);
+        store_operand<E>(E1 + g * kTile, X.lo, warp);
+      } else {
+        store_operand<E>(E0 + g * kTile, operand<E>(x), warp);
+      }
+    }
+    publish();
+    sync(own, 128);
+    {
+      float outer[8][4];
+      hand_over(outer);
+      products_begin();
+      product<E, D / 16, 0, 0>(outer, kmajor(B), kmajor(E0), false);
+      if (values) product<E, D / 16, 0, 0>(outer, kmajor(B), kmajor(E1), true);
+      products_commit();
+      products_wait<0>();
+      hand_over(outer);
+      wait(&m.outer_free, turn ^ 1);
+      if (!values) put(m.outer, outer, tid);
+      sync(kOfKeys, 256);
+      if (values) {
+        float4* const to = reinterpret_cast<float4*>(m.outer) + tid;
+#pragma unroll
+        for (int t = 0; t < 8; ++t) {
+          const float4 x = to[t * 128];
+          to[t * 128] = make_float4(x.x + outer[t][0], x.y + outer[t][1], x.z + outer[t][2], x.w + outer[t][3]);
+        }
+      }
+    }
+    {  // exp(G_end) <H, dH> of every slot
+      wait(&m.H_full, turn);
+      float sum[2];
+      state_products(sum, m.H[values], dH, warp);
+      if ((lane_id() & 3) == 0) m.edge[values][row] = sum[0] * factors.in[row], m.edge[values][row + 8] = sum[1] * factors.in[row + 8];
+    }
+    sync(kOfAll, 512);
+    {  // dk or dv
+      const E *const S0 = m.S[turn][0], *const S1 = m.S[turn][1], *const Y0 = m.Y[values][0], *const Y1 = m.Y[values][1];
+      float x[8][4];
+      hand_over(x);
+      products_begin();
+      product<E, 4, 0, 0>(x, kmajor(S0), kmajor(Y0), false);
+      product<E, 4, 0, 0>(x, kmajor(S1), kmajor(Y0), true);
+      product<E, 4, 0, 0>(x, kmajor(S0), kmajor(Y1), true);
+      products_commit();
+      products_wait<0>();
+      hand_over(x);
+      keep<false, 0>(x, warp);
+      const auto W = split<E>(x);
+#pragma unroll 1
+      for (int d = 0; d < D; d += 32) {  // 64 at a time would take registers that are not there: ptxas then waits for every product by itself
+        float dx[4][4];
+        const E *const E_own = columns<E>(E0, d), *const A_own = columns<E>(A, d);
+        hand_over(dx);
+        products_begin();
+        product<E, 4, 0, 1>(dx, kmajor(S0), mnmajor(E_own), false);
+        product<E, 4, 0, 1>(dx, kmajor(S1), mnmajor(E_own), true);
+        product<E, 1>(dx, W.hi, mnmajor(A_own));
+        if (values) {
+          product<E, 4, 0, 1>(dx, kmajor(S0), mnmajor(columns<E>(E1, d)), true);
+          product<E, 1>(dx, W.lo, mnmajor(A_own));
+        }
+        products_commit();
+        products_wait<0>();
+        hand_over(dx);
+        const Chunk c = m.chunk(p, i);
+        store_window<E>(rows_of(values ? p.dv : p.dk, c, head), dx, warp, 0, c.length, d);
+      }
+      hand_over(dH);
+      products_begin();
+      product<E, 4, 1, 1>(dH, mnmajor(Y0), mnmajor(A), true);
+      product<E, 4, 1, 1>(dH, mnmajor(Y1), mnmajor(A), true);
+      products_commit();
+      products_wait<0>();
+      hand_over(dH);
+      scale_rows(dH, factors.in[row], factors.in[row + 8]);
+    }
+    arrive(&m.done);
+    sync(own, 128);  // this warpgroup is done with the tokens
+    wait(&m.tokens_free, turn);
+    load(i - 1);
+    S_parity ^= turn, turn ^= 1;
+  }
+  if (float* out = static_cast<float*>(values ? p.dhv0 : p.dhk0)) store_registers(out + (n * p.H + head) * D * p.M, dH, values, D, p.M, warp);
+}
+
+// `cut` is written: whether a sequence and head are left out. packed: sequences of several lengths, in a kernel of its own (hopper_fused.cu).
+template <class E, int D, bool packed>
+__global__ __launch_bounds__(512, 1) void walk_kernel(const __grid_constant__ BackwardParams p, const E* boundary, const GateImage<E>* images, int* cut) {
+#if GSA_HOPPER
+  extern __shared__ __align__(1024) char memory[];
+  auto& m = *reinterpret_cast<WalkShared<E, D>*>(memory);
+  const int head = blockIdx.x % p.H;
+  const int64_t n = packed ? longest_first(p, blockIdx.x / p.H, m.found) : blockIdx.x / p.H;
+  const int role = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  if (threadIdx.x == 0) {
+    for (uint64_t* barrier : {&m.tokens_full, &m.tokens_free, &m.H_full, &m.outer_free, &m.done}) init(barrier, 256);
+    init(m.S_full, 1), init(m.S_full + 1, 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  const Sequence seq = sequence<false>(p, n, kChunk);
+  if (threadIdx.x == 0) m.sequence = seq;
+  const int chunks = static_cast<int>(seq.chunks), first_slot = static_cast<int>(seq.slot);
+  bool several = false;
+  for (int i = threadIdx.x; i < chunks; i += 512) several |= images[int64_t(first_slot + i) * p.H + head].cut != 0;
+  several = __syncthreads_or(several);
+  if (threadIdx.x == 0) cut[n * p.H + head] = several;
+  if (several) return;
+  if (role < 2) {
+    give_registers<112>();
+    walk_queries<E, D>(p, m, boundary, images, chunks, first_slot, head, role);
+  } else {
+    take_registers<144>();
+    walk_keys<E, D>(p, m, chunks, n, head, role - 2);
+  }
+#endif
+}
+
+}  // namespace
+
+void hopper_walk(const BackwardParams& p, const void* boundary, const void* images, int* cut) {
+  select_hopper(p, [&]<class E, int D>() {
+    launch("hopper_walk", p.cu_seqlens ? walk_kernel<E, D, true> : walk_kernel<E, D, false>, p.N * p.H, 512, sizeof(WalkShared<E, D>), p.stream, p,
+           static_cast<const E*>(boundary), static_cast<const GateImage<E>*>(images), cut);
+  });
+}
+
+}  // namespace gsa::cuda
