@@ -94,6 +94,13 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
     bulk_load(m.S[turn], image.S, sizeof(m.S[0]), m.S_full + turn);
     bulk_load(m.factors + turn, image.start, sizeof(m.factors[0]), m.S_full + turn);
   };
+  auto prefetch = [&](int i) {  // as far as the L2
+    if (i < 0) return;
+    const int tid = kept(threadIdx.x);
+    const int64_t at = int64_t(first_slot + i) * p.H + head;
+    if (tid < 128) prefetch_line(images[at].R + tid * 32);
+    if (tid * 64 < 2 * D * p.M) prefetch_line(boundary + at * 2 * D * p.M + tid * 64);
+  };
   load_H(chunks - 1);
   load_S(chunks - 1, 0);
   uint32_t turn = 0, S_parity = 0;  // turn: of the chunk, and the parity of what is used once a chunk
@@ -103,7 +110,8 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
     const int tid = kept(threadIdx.x) % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0), row = warp * 16 + frag_row();
     const float scale = static_cast<float>(p.scale);
     const float4* const R_image = reinterpret_cast<const float4*>(images[int64_t(first_slot + i) * p.H + head].R) + half * 512 + tid;
-    float o[4][4], dp[4][4];  // o1, then e; dp, then Yk
+    float o[4][4], dp[4][4], R[4][4];  // o1, then e; dp, then Yk
+    prefetch(i - 1);
     {
       cp_async_wait_for<0>();
       publish();
@@ -121,6 +129,11 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
         const float (&mine)[4] = x[t], (&theirs)[4] = x[t + 4];
         to[t * 128] = half ? make_float4(mine[0], mine[1], mine[2], mine[3]) : make_float4(theirs[0], theirs[1], theirs[2], theirs[3]);
       }
+#pragma unroll
+      for (int t = 0; t < 4; ++t) {
+        const float4 x = R_image[t * 128];
+        R[t][0] = x.x, R[t][1] = x.y, R[t][2] = x.z, R[t][3] = x.w;
+      }
       sync(kOfQueries, 256);
       const float4* const from = reinterpret_cast<const float4*>(m.given() + !half * 64 * 32) + tid;
 #pragma unroll
@@ -135,14 +148,9 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
       }
     }
     {  // softmax, and <p, dp>, over all slots
-      float R[4][4], y[4][4], s[4][4], top[2], sum[2], dot[2], d[2], b[2];
+      float y[4][4], s[4][4], top[2], sum[2], dot[2], d[2], b[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) d[h] = m.diagonal[0][row + 8 * h], b[h] = m.diagonal[1][row + 8 * h];
-#pragma unroll
-      for (int t = 0; t < 4; ++t) {
-        const float4 x = R_image[t * 128];
-        R[t][0] = x.x, R[t][1] = x.y, R[t][2] = x.z, R[t][3] = x.w;
-      }
       auto& sums = m.sums();
       const uint32_t S_row = place(m.S[turn][0], row, frag_col()) ^ (half * 64);
 #pragma unroll
@@ -200,6 +208,12 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
       for (int t = 0; t < 4; ++t) to[t * 128] = make_float4(o[t][0], o[t][1], o[t][2], o[t][3]);
     }
     float inner[4][4];
+    float4 Rs[4];
+    auto bring_R = [&] {  // before a barrier: on its way meanwhile
+      const float4* const R_image = reinterpret_cast<const float4*>(images[int64_t(first_slot + i) * p.H + head].R) + half * 512 + kept(threadIdx.x) % 128;
+#pragma unroll
+      for (int t = 0; t < 4; ++t) Rs[t] = R_image[t * 128];
+    };
     if (half == 0) {  // dq
       auto& m = anew(shared);
       const int tid = kept(threadIdx.x) % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0);
@@ -231,6 +245,7 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
       }
       arrive(&m.tokens_free);
       sync(kOfQueries, 256);  // Hk is done with
+      bring_R();
       sync(kOfQueries, 256);
       const float4* const from = reinterpret_cast<const float4*>(m.inner()) + tid;
 #pragma unroll
@@ -272,6 +287,7 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
 #pragma unroll
         for (int e = 0; e < 4; ++e) inner[t][e] = all[t + 4][e];
       }
+      bring_R();
       sync(kOfQueries, 256);
     }
 
@@ -280,18 +296,17 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
     {
       auto& m = anew(shared);
       const int tid = kept(threadIdx.x) % 128, row = tid / 32 * 16 + frag_row();
-      const float4* const R_image = reinterpret_cast<const float4*>(images[int64_t(first_slot + i) * p.H + head].R) + half * 512 + tid;
       const float4 *const e = reinterpret_cast<const float4*>(m.e()) + half * 512 + tid, *const outer = reinterpret_cast<const float4*>(m.outer) + half * 512 + tid;
       const uint32_t S_row = place(m.S[turn][0], row, frag_col()) ^ (half * 64), Y_row = place(m.Y[0][0], row, frag_col()) ^ (half * 64);
       const float d[2] = {m.diagonal[0][row], m.diagonal[0][row + 8]}, b[2] = {m.diagonal[1][row], m.diagonal[1][row + 8]};
 #pragma unroll
       for (int t = 0; t < 4; ++t) {
-        const float4 Rs = R_image[t * 128], from = outer[t * 128], before = e[t * 128];
+        const float4 from = outer[t * 128], before = e[t * 128];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const float2 S = both_at<E>((S_row + h * 1024) ^ (t * 16)), Yk = both_at<E>((Y_row + h * 1024) ^ (t * 16));
           const float2 Yv = both_at<E>(((Y_row + h * 1024) ^ (t * 16)) + 4 * kTile);
-          const float2 R = h ? make_float2(Rs.z, Rs.w) : make_float2(Rs.x, Rs.y), out = h ? make_float2(from.z, from.w) : make_float2(from.x, from.y);
+          const float2 R = h ? make_float2(Rs[t].z, Rs[t].w) : make_float2(Rs[t].x, Rs[t].y), out = h ? make_float2(from.z, from.w) : make_float2(from.x, from.y);
           const float2 term = h ? make_float2(before.z, before.w) : make_float2(before.x, before.y);
 #pragma unroll
           for (int x = 0; x < 2; ++x) {
@@ -393,17 +408,6 @@ __device__ __forceinline__ void walk_keys(const BackwardParams& p, WalkShared<E,
   uint32_t turn = 0, S_parity = 0;
 #pragma unroll 1
   for (int i = chunks - 1; i >= 0; --i) {
-    cp_async_wait_for<0>();
-    publish();
-    arrive(&m.tokens_full);
-    if (i > 0 && tid < D) {  // the next ones as far as the L2: full chunks all
-      const Chunk c = m.chunk(p, i - 1);
-      const int line = tid % (D / 64) * 64;
-      const Rows a = rows_of(values ? p.d_o : p.q, c, head), b = rows_of(values ? p.v : p.k, c, head);
-      prefetch_line(static_cast<const E*>(a.ptr) + a.at(tid / (D / 64)) + line);
-      prefetch_line(static_cast<const E*>(b.ptr) + b.at(tid / (D / 64)) + line);
-    }
-    wait(&m.tokens_full, turn);
     wait(m.S_full + turn, S_parity);
     const auto& factors = m.factors[turn];
     scale_rows(dH, factors.out[row], factors.out[row + 8]);  // E
@@ -422,8 +426,17 @@ __device__ __forceinline__ void walk_keys(const BackwardParams& p, WalkShared<E,
         store_operand<E>(E0 + g * kTile, operand<E>(x), warp);
       }
     }
+    cp_async_wait_for<0>();
     publish();
-    sync(own, 128);
+    arrive(&m.tokens_full);
+    if (i > 0 && tid < D) {  // the next ones as far as the L2: full chunks all
+      const Chunk c = m.chunk(p, i - 1);
+      const int line = tid % (D / 64) * 64;
+      const Rows a = rows_of(values ? p.d_o : p.q, c, head), b = rows_of(values ? p.v : p.k, c, head);
+      prefetch_line(static_cast<const E*>(a.ptr) + a.at(tid / (D / 64)) + line);
+      prefetch_line(static_cast<const E*>(b.ptr) + b.at(tid / (D / 64)) + line);
+    }
+    wait(&m.tokens_full, turn);
     {
       float outer[8][4];
       hand_over(outer);
@@ -456,15 +469,21 @@ __device__ __forceinline__ void walk_keys(const BackwardParams& p, WalkShared<E,
       const E *const S0 = m.S[turn][0], *const S1 = m.S[turn][1], *const Y0 = m.Y[values][0], *const Y1 = m.Y[values][1];
       float x[8][4];
       hand_over(x);
+      hand_over(dH);
       products_begin();
       product<E, 4, 0, 0>(x, kmajor(S0), kmajor(Y0), false);
       product<E, 4, 0, 0>(x, kmajor(S1), kmajor(Y0), true);
       product<E, 4, 0, 0>(x, kmajor(S0), kmajor(Y1), true);
       products_commit();
-      products_wait<0>();
+      product<E, 4, 1, 1>(dH, mnmajor(Y0), mnmajor(A), true);
+      product<E, 4, 1, 1>(dH, mnmajor(Y1), mnmajor(A), true);
+      products_commit();
+      products_wait<1>();
       hand_over(x);
       keep<false, 0>(x, warp);
       const auto W = split<E>(x);
+      products_wait<0>();
+      hand_over(dH);
 #pragma unroll 1
       for (int d = 0; d < D; d += 32) {  // 64 at a time would take registers that are not there: ptxas then waits for every product by itself
         float dx[4][4];
@@ -484,13 +503,6 @@ __device__ __forceinline__ void walk_keys(const BackwardParams& p, WalkShared<E,
         const Chunk c = m.chunk(p, i);
         store_window<E>(rows_of(values ? p.dv : p.dk, c, head), dx, warp, 0, c.length, d);
       }
-      hand_over(dH);
-      products_begin();
-      product<E, 4, 1, 1>(dH, mnmajor(Y0), mnmajor(A), true);
-      product<E, 4, 1, 1>(dH, mnmajor(Y1), mnmajor(A), true);
-      products_commit();
-      products_wait<0>();
-      hand_over(dH);
       scale_rows(dH, factors.in[row], factors.in[row + 8]);
     }
     arrive(&m.done);
