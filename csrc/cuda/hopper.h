@@ -18,9 +18,12 @@ inline bool hopper_fuses(const Params& p) { return p.HQ == p.H && hopper_walks(p
 // take less time than making the same gates for every query head; with them `cut`, room for [N, H] numbers. nullptr: made here.
 void hopper_forward(const ForwardParams& p, void* boundary, const void* images = nullptr, int* cut = nullptr);
 
+// The same without o where each query head has keys and values of its own: the boundary states, and images as hopper_gates makes them for hopper_walk.
+void hopper_forward_states(const ForwardParams& p, void* boundary, void* images);
+
 // What depends on the gates alone: a GateImage (core/hopper.cuh) for each chunk, key/value head and bank.
 int64_t hopper_gates_bytes(const Params& p);
-void hopper_gates(const Params& p, void* images);
+void hopper_gates(const Params& p, void* images, bool plain = false);  // plain: R as hopper_walk reads it
 // After hopper_gates: the boundary states, and the final states that p asks for. products: room for hopper_products_bytes where hopper_few, else nullptr.
 void hopper_states(const ForwardParams& p, const void* images, void* boundary, float* products, bool keys_only = false);
 // After hopper_states: o.

@@ -63,8 +63,7 @@ void hopper_backward(const BackwardParams& whole) {
     if (hopper_fuses(p)) {
       void* const gates = base + plan.gates;
       int* const cut = reinterpret_cast<int*>(base + plan.cut);
-      hopper_gates(p, gates);
-      if (!p.boundary) hopper_forward(states_only, boundary, gates, cut);
+      p.boundary ? hopper_gates(p, gates, true) : hopper_forward_states(states_only, boundary, gates);
       hopper_walk(p, boundary, gates, cut);
       hopper_fused(p, boundary, cut);
       continue;

@@ -50,11 +50,11 @@ struct Turn {
 };
 
 // The keys' warpgroup, or the values'.
-template <class E, int D, bool images, bool values>
+template <class E, int D, bool images, bool leaves, bool values>
 __device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary, ForwardShared<E, D, images>& m, Chunk c, int64_t n, int64_t head,
                                              int64_t q_head) {
   const int tid = threadIdx.x % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0);
-  const bool outputs = p.o.ptr != nullptr, owner = q_head % (p.HQ / p.H) == 0;
+  const bool outputs = !leaves && p.o.ptr != nullptr, owner = q_head % (p.HQ / p.H) == 0;
   const int64_t chunks = c.seq.chunks;
   constexpr int own = values ? 3 : 2;  // barrier of this warpgroup
   float H[D / 8][4];  // rows: slots
@@ -161,9 +161,10 @@ __device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary
     if (owner) store_registers(out + (n * p.H + head) * D * p.M, H, values, D, p.M, warp);
 }
 
-// images: nullptr, or those of hopper_gates.cu, and `cut` is written; else what is not cut is left out, if there is a `cut`.
-template <class E, int D, bool images>
-__global__ __launch_bounds__(512, 1) void forward_kernel(const __grid_constant__ ForwardParams p, E* boundary, const GateImage<E>* gate_images, int* cut) {
+// images: nullptr, or those of hopper_gates.cu, and `cut` is written; else what is not cut is left out, if there is a `cut`. leaves: the windows that are whole chunks
+// are left in gate_images.
+template <class E, int D, bool images, bool leaves>
+__global__ __launch_bounds__(512, 1) void forward_kernel(const __grid_constant__ ForwardParams p, E* boundary, GateImage<E>* gate_images, int* cut) {
 #if GSA_HOPPER
   extern __shared__ __align__(1024) char memory[];
   auto& m = *reinterpret_cast<ForwardShared<E, D, images>*>(memory);
@@ -219,7 +220,7 @@ __global__ __launch_bounds__(512, 1) void forward_kernel(const __grid_constant__
       return;
     }
   } else if (role == 0 || role == 3) {  // windows
-    give_registers<88>();
+    give_registers<leaves ? 120 : 88>();
     GateMaker<E, 8, true> gates(m.scratch, role ? 128 + tid : tid, 1);
     Turn turn;
     for (int64_t i = 0; i < chunks; ++i) {
@@ -246,15 +247,20 @@ __global__ __launch_bounds__(512, 1) void forward_kernel(const __grid_constant__
         gates.store(w, total);
         publish();
         arrive(m.window_full + turn.i);
+        if constexpr (leaves) {
+          GateImage<E>& image = gate_images[c.slot * p.H + head];
+          if (threadIdx.x == 0) image.cut = starts != 1;
+          if (starts == 1) gates.store_image(image, total);
+        }
         turn.next();
         begin = end;
       }
     }
     return;
   }
-  take_registers<images ? 216 : 168>();
-  if (role == 1) forward_half<E, D, images, false>(p, boundary, m, c, n, head, q_head);
-  else forward_half<E, D, images, true>(p, boundary, m, c, n, head, q_head);
+  take_registers<images ? 216 : leaves ? 136 : 168>();
+  if (role == 1) forward_half<E, D, images, leaves, false>(p, boundary, m, c, n, head, q_head);
+  else forward_half<E, D, images, leaves, true>(p, boundary, m, c, n, head, q_head);
 #endif
 }
 
@@ -287,11 +293,18 @@ bool hopper_walks(const Params& p) {
 void hopper_forward(const ForwardParams& p, void* boundary, const void* images, int* cut) {
   select_hopper(p, [&]<class E, int D>() {
     auto run = [&]<bool brought>() {
-      launch("hopper_forward", forward_kernel<E, D, brought>, p.N * p.HQ, 512, sizeof(ForwardShared<E, D, brought>), p.stream, p, static_cast<E*>(boundary),
-             static_cast<const GateImage<E>*>(images), cut);
+      launch("hopper_forward", forward_kernel<E, D, brought, false>, p.N * p.HQ, 512, sizeof(ForwardShared<E, D, brought>), p.stream, p,
+             static_cast<E*>(boundary), static_cast<GateImage<E>*>(const_cast<void*>(images)), cut);
     };
     if (images) run.template operator()<true>();
     run.template operator()<false>();
+  });
+}
+
+void hopper_forward_states(const ForwardParams& p, void* boundary, void* images) {
+  select_hopper(p, [&]<class E, int D>() {
+    launch("hopper_forward", forward_kernel<E, D, false, true>, p.N * p.HQ, 512, sizeof(ForwardShared<E, D, false>), p.stream, p, static_cast<E*>(boundary),
+           static_cast<GateImage<E>*>(images), static_cast<int*>(nullptr));
   });
 }
 

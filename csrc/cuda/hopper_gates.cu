@@ -19,7 +19,8 @@ struct GatesShared {  // of a bank
   typename GateMaker<E, 8>::Scratch scratch;
 };
 
-template <class E, int BANKS>
+// plain: for hopper_walk.cu.
+template <class E, int BANKS, bool plain>
 __global__ __launch_bounds__(kThreads* BANKS, 4 / BANKS) void gates_kernel(const __grid_constant__ Params p, GateImage<E>* images) {
 #if GSA_HOPPER
   extern __shared__ __align__(1024) char memory[];
@@ -62,6 +63,12 @@ __global__ __launch_bounds__(kThreads* BANKS, 4 / BANKS) void gates_kernel(const
     if (own == 0) bulk_wait();
     return;
   }
+  if constexpr (plain) {
+    for (int k = own; k < kTile / 4; k += kThreads)
+      reinterpret_cast<float4*>(image.R)[k] = *reinterpret_cast<const float4*>(m.R + R_at(k / 16, k % 16 * 4));
+    if (own == 0) bulk_wait();
+    return;
+  }
   const int tid = own % 128, row = tid / 32 * 16 + frag_row(), half = own / 128;
 #pragma unroll
   for (int t = half * 4; t < half * 4 + 4; ++t) {
@@ -75,14 +82,17 @@ __global__ __launch_bounds__(kThreads* BANKS, 4 / BANKS) void gates_kernel(const
 
 }  // namespace
 
-void hopper_gates(const Params& p, void* images) {
+void hopper_gates(const Params& p, void* images, bool plain) {
   const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, kChunk);
-  auto run = [&]<class E, int BANKS>() {
-    launch("hopper_gates", gates_kernel<E, BANKS>, slots * p.H, kThreads * BANKS, sizeof(GatesShared<E>) * BANKS, p.stream, p,
+  auto run = [&]<class E, int BANKS, bool plain>() {
+    launch("hopper_gates", gates_kernel<E, BANKS, plain>, slots * p.H, kThreads * BANKS, sizeof(GatesShared<E>) * BANKS, p.stream, p,
            static_cast<GateImage<E>*>(images));
   };
-  if (p.q.dtype == DType::bf16) banks_of(p) == 1 ? run.template operator()<bf16, 1>() : run.template operator()<bf16, 2>();
-  else banks_of(p) == 1 ? run.template operator()<half, 1>() : run.template operator()<half, 2>();
+  auto with = [&]<class E>() {
+    if (banks_of(p) == 2) run.template operator()<E, 2, false>();
+    else plain ? run.template operator()<E, 1, true>() : run.template operator()<E, 1, false>();
+  };
+  p.q.dtype == DType::bf16 ? with.template operator()<bf16>() : with.template operator()<half>();
 }
 
 int64_t hopper_gates_bytes(const Params& p) {

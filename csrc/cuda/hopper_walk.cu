@@ -109,7 +109,7 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
     auto& m = anew(shared);
     const int tid = kept(threadIdx.x) % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0), row = warp * 16 + frag_row();
     const float scale = static_cast<float>(p.scale);
-    const float4* const R_image = reinterpret_cast<const float4*>(images[int64_t(first_slot + i) * p.H + head].R) + half * 512 + tid;
+    const float2* const R_image = reinterpret_cast<const float2*>(images[int64_t(first_slot + i) * p.H + head].R + row * 64 + half * 32 + frag_col());
     float o[4][4], dp[4][4], R[4][4];  // o1, then e; dp, then Yk
     prefetch(i - 1);
     {
@@ -131,8 +131,8 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
       }
 #pragma unroll
       for (int t = 0; t < 4; ++t) {
-        const float4 x = R_image[t * 128];
-        R[t][0] = x.x, R[t][1] = x.y, R[t][2] = x.z, R[t][3] = x.w;
+        const float2 top = R_image[t * 4], bottom = R_image[t * 4 + 8 * 32];
+        R[t][0] = top.x, R[t][1] = top.y, R[t][2] = bottom.x, R[t][3] = bottom.y;
       }
       sync(kOfQueries, 256);
       const float4* const from = reinterpret_cast<const float4*>(m.given() + !half * 64 * 32) + tid;
@@ -210,9 +210,13 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
     float inner[4][4];
     float4 Rs[4];
     auto bring_R = [&] {  // before a barrier: on its way meanwhile
-      const float4* const R_image = reinterpret_cast<const float4*>(images[int64_t(first_slot + i) * p.H + head].R) + half * 512 + kept(threadIdx.x) % 128;
+      const int tid = kept(threadIdx.x) % 128, row = tid / 32 * 16 + frag_row();
+      const float2* const R_image = reinterpret_cast<const float2*>(images[int64_t(first_slot + i) * p.H + head].R + row * 64 + half * 32 + frag_col());
 #pragma unroll
-      for (int t = 0; t < 4; ++t) Rs[t] = R_image[t * 128];
+      for (int t = 0; t < 4; ++t) {
+        const float2 top = R_image[t * 4], bottom = R_image[t * 4 + 8 * 32];
+        Rs[t] = make_float4(top.x, top.y, bottom.x, bottom.y);
+      }
     };
     if (half == 0) {  // dq
       auto& m = anew(shared);

@@ -452,7 +452,7 @@ static_assert(sizeof(Window<bf16>) % 1024 == 0);
 template <class E>
 struct GateImage {
   E S[2][kTile];
-  float R[kTile];                                          // as accumulators lie: [column / 8][thread of a warpgroup][4]
+  float R[kTile];                                          // as accumulators lie: [column / 8][thread of a warpgroup][4]; for hopper_walk.cu [token][slot]
   float start[kSlots], in[kSlots], out[kSlots];
   int cut;                                                 // whether it has several
   int pad[31];
@@ -625,6 +625,17 @@ struct GateMaker {
       store_S(to, piece, i);
     }
     if (warp == 0) store_edges(w.start, w.in, w.out, total);
+  }
+  // For hopper_walk.cu, what hopper_gates leaves for it.
+  __device__ void store_image(GateImage<E>& image, const float (&total)[2]) const {
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+      const int row = warp * ROWS + i;
+      *reinterpret_cast<float2*>(image.R + row * 64 + 2 * lane) = make_float2(g[i][0], g[i][1]);
+      uint32_t* const S = reinterpret_cast<uint32_t*>(at(image.S[0], row, 2 * lane));
+      Arith<E>::split_pair(s[i][0], s[i][1], S[0], S[kTile / 2]);
+    }
+    if (warp == 0) store_edges(image.start, image.in, image.out, total);
   }
   // S of row i, in two parts.
   __device__ uint32_t first_S(const E* S) const { return kept(static_cast<int>(address(S) + warp * ROWS * 128 + (lane & 3) * 4)); }
