@@ -26,6 +26,7 @@
 //     outer              with one bank, where there are no registers for it; as accumulators lie
 //     stages, at last    inner and the diagonal of the half that is given away; with two banks, outer
 #include "core/exact.cuh"
+#include "core/backward.cuh"
 #include "core/select.cuh"
 #include "hopper.h"
 
@@ -61,7 +62,7 @@ __device__ __forceinline__ void gate_gradients(const BackwardParams& p, const Ba
   const int64_t at = (c.slot * p.H + head) * BANKS;
   const GateImage<E>* const image = w.gates + at;
   const bool coupled = p.s.ptr == nullptr;
-  float T[4][4], s[4][4];  // terms of dg from the back; write strengths, then if exact exp(g). From the front in the place of outer, ds in that of inner
+  float T[4][4], s[4][4];  // terms of dg from the back; if exact write strengths, then exp(g). From the front in the place of outer, ds in that of inner
   zero(T);
 #pragma unroll 1
   for (int h = 0; h < r; ++h) {
@@ -83,6 +84,11 @@ __device__ __forceinline__ void gate_gradients(const BackwardParams& p, const Ba
         outer[t][k] *= s[t][k];
       }
     load_plain(s, exp_g, row, col);
+    if (coupled)
+#pragma unroll
+      for (int t = 0; t < 4; ++t)
+#pragma unroll
+        for (int k = 0; k < 4; ++k) inner[t][k] *= s[t][k];
   } else {
     const uint32_t S_row = place(S, row, frag_col()) ^ (half * 64);
     float4 Rs[4];
@@ -99,71 +105,22 @@ __device__ __forceinline__ void gate_gradients(const BackwardParams& p, const Ba
           const float S_ = e ? S.y : S.x, R_ = e ? R.y : R.x;
           T[t][k] -= S_ * inner[t][k];
           inner[t][k] = __fdividef(inner[t][k] + outer[t][k] + diagonal[t][k], R_);  // after the sequence: not stored
+          if (coupled) inner[t][k] *= 1.f - S_ * R_;
           outer[t][k] *= S_;
-          s[t][k] = S_ * R_;
         }
       }
   }
   __syncthreads();  // everybody has what it was given
-  E *const T_tile = terms, *const F_tile = terms + kTile;  // of this warpgroup's columns, two parts side by side
-  {
-    auto X = split<E>(T);
-    store_operand<E>(T_tile, X.hi, warp), store_operand<E>(T_tile, X.lo, warp, 32);
-    X = split<E>(outer);
-    store_operand<E>(F_tile, X.hi, warp), store_operand<E>(F_tile, X.lo, warp, 32);
-  }
-  publish();
-  sync(2 + own, 128);
-  float dg[4][4];
-  zero(dg);
-  hand_over(dg);
-  products_begin();
-  {
-    const auto ones = triangle_of_ones<E, true>(warp);
-    product<E, 1>(dg, ones, mnmajor(T_tile));
-    product<E, 1>(dg, ones, mnmajor(T_tile + 32));
-  }
-  {
-    const auto ones = triangle_of_ones<E, false>(warp);
-    product<E, 1>(dg, ones, mnmajor(F_tile));
-    product<E, 1>(dg, ones, mnmajor(F_tile + 32));
-  }
-  products_commit();
-  const float* edges = w.edge + (at + bank) * 2 * D + col;
+  const float* const edges = w.edge + (at + bank) * 2 * D + col;
+  store_gate_gradients(
+      p, [&] { return c; }, head, bank, half, T, outer, inner, terms, 2 + own, warp,
+      [&](int t, int e) {
+        float edge = 0.f;
 #pragma unroll
-  for (int t = 0; t < 4; ++t)
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      float edge = 0.f;
-#pragma unroll
-      for (int i = 0; i < D / 32; ++i) edge += edges[i * 64 + t * 8 + e];
-      diagonal[t][e] = edge;
-    }
-  products_wait<0>();
-  hand_over(dg);
-  const Rows ds_rows = rows_of(p.ds, c, head), dg_rows = rows_of(p.dg, c, head);
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int j = row + 8 * h;
-    if (j < c.length)
-#pragma unroll
-      for (int t = 0; t < 4; ++t) {
-        float x[2];
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          x[e] = dg[t][2 * h + e] + diagonal[t][e];
-          const float f = s[t][2 * h + e];
-          const bool reset = exact ? f == 0.f : j == 0 && image[bank].start[col + t * 8 + e] == 0.f;
-          if (reset) x[e] = 0.f;  // it forgets whatever the gate would have changed
-          if (coupled) x[e] -= (exact ? f : 1.f - f) * inner[t][2 * h + e];  // s = 1 - exp(g)
-        }
-        if (bank * kSlots + half * 32 + t * 8 < p.M) {
-          const int slot = bank * kSlots + col + t * 8;
-          store_pair<E>(p.dg, dg_rows.at(j) + slot, x[0], x[1]);
-          if (!coupled) store_pair<E>(p.ds, ds_rows.at(j) + slot, inner[t][2 * h], inner[t][2 * h + 1]);
-        }
-      }
-  }
+        for (int i = 0; i < D / 32; ++i) edge += edges[i * 64 + t * 8 + e];
+        return edge;
+      },
+      [&](int j, int t, int k) { return exact ? s[t][k] == 0.f : j == 0 && image[bank].start[col + t * 8 + (k & 1)] == 0.f; });
 }
 
 // A chunk of several windows (core/exact.cuh): X, or W, and Y; S and E in their place.

@@ -18,6 +18,7 @@
 // A chunk of several windows, in a branch of its own: o1, dp, tril(Yk S^T) and Yk exp(G) token by token (core/exact.cuh), Yk and Yv saved without R, and exp(G) in its
 // place for hopper_scan.cu. Shared memory: ExactQueries.
 #include "core/exact.cuh"
+#include "core/backward.cuh"
 #include "core/select.cuh"
 #include "hopper.h"
 
@@ -30,8 +31,9 @@ template <class E, int D, int BANKS>
 struct QueriesShared {
   static constexpr bool ahead = BANKS > 1;  // A is apart
   static constexpr int rows = std::max(64 * D, BANKS * 2 * kTile);  // Yk or Yv in two parts; or q, d_o
-  struct RowSums {  // of the slots of either warpgroup; diagonals of q k^T and d_o v^T. In Y[1]
-    float top[2 * BANKS][64], sum[2 * BANKS][64], dot[2 * BANKS][64], diagonal[2][BANKS][64];
+  struct Sums {  // diagonals of q k^T and d_o v^T. In Y[1]
+    RowSums<2 * BANKS> of;
+    float diagonal[2][BANKS][64];
   };
   alignas(1024) E Y[2][rows];
   E B[2][64 * D], H[2][BANKS][64 * D], S[BANKS][2][kTile], tokens[ahead ? 2 * 64 * D : 8];
@@ -40,7 +42,7 @@ struct QueriesShared {
   __device__ E* A(int side) { return ahead ? tokens + side * 64 * D : Y[side]; }
   // [bank][warpgroup that gives]: half of the slots, as accumulators lie
   __device__ float* given(int bank, int half) { return reinterpret_cast<float*>(Y[0]) + (bank * 2 + half) * 64 * 32; }
-  static_assert(BANKS * 2 * 64 * 32 * 4 <= rows * 2 && sizeof(RowSums) <= rows * 2);
+  static_assert(BANKS * 2 * 64 * 32 * 4 <= rows * 2 && sizeof(Sums) <= rows * 2);
 };
 // Of a chunk of several windows, in the place of tokens, states and S. X: of both sides, then A1 of each bank; O: o1, then Yk, then Yk exp(G); exp(g); s;
 // dp, then k and Hk.
@@ -212,7 +214,7 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void queries_kernel(const _
   using Shared = QueriesShared<E, D, BANKS>;
   constexpr int kThreads = 256 * BANKS, width = D / (2 * BANKS);  // dimensions of a warpgroup
   auto& m = *reinterpret_cast<Shared*>(memory);
-  auto& sums = *reinterpret_cast<typename Shared::RowSums*>(m.Y[1]);
+  auto& sums = *reinterpret_cast<typename Shared::Sums*>(m.Y[1]);
   const int r = p.HQ / p.H, turns = r / heads;
   const int64_t head = blockIdx.x / turns % p.H, first_head = head * r + blockIdx.x % turns * heads;
   Chunk c;
@@ -270,95 +272,20 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void queries_kernel(const _
       float x[8][4], other[2];
       scores<E, D, false>(x, other, m.A(half), m.B[half], m.H[half][bank], m.S[bank][0], m.in + bank * kSlots, warp);
       if (!Shared::ahead) __syncthreads();  // A is done with
-      float4* const to = reinterpret_cast<float4*>(m.given(bank, half)) + tid;
-#pragma unroll
-      for (int t = 0; t < 4; ++t) {
-        const float (&mine)[4] = x[t], (&theirs)[4] = x[t + 4];
-        to[t * 128] = half ? make_float4(mine[0], mine[1], mine[2], mine[3]) : make_float4(theirs[0], theirs[1], theirs[2], theirs[3]);
-      }
+      give_half(m.given(bank, half), x, half, tid);
       if ((lane_id() & 3) == 0) sums.diagonal[half][bank][row] = other[0], sums.diagonal[half][bank][row + 8] = other[1];
       __syncthreads();  // with two banks A is done with
       if (Shared::ahead && q_head + 1 < first_head + heads) load_A(q_head + 1);
-      const float4* const from = reinterpret_cast<const float4*>(m.given(bank, !half)) + tid;
-#pragma unroll
-      for (int t = 0; t < 4; ++t) {
-        const float4 y = from[t * 128];
-        const float got[4] = {y.x, y.y, y.z, y.w};
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float kept_back = half ? x[t + 4][e] : x[t][e];
-          o[t][e] = half ? got[e] : kept_back, dp[t][e] = half ? kept_back : got[e];
-        }
-      }
+      take_half(o, dp, x, m.given(bank, !half), half, tid);
 #pragma unroll
       for (int h = 0; h < 2; ++h) d[h] = sums.diagonal[0][bank][row + 8 * h], b[h] = sums.diagonal[1][bank][row + 8 * h];
     }
 
-    // softmax, and <p, dp>, over all slots
-    float y[4][4], s[4][4], top[2], sum[2], dot[2];
-    const uint32_t S_row = place(m.S[bank][0], row, frag_col()) ^ (half * 64);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      top[h] = -INFINITY, sum[h] = dot[h] = 0.f;
-#pragma unroll
-      for (int t = 0; t < 4; ++t) {
-        const float2 S = both_at<E>((S_row + h * 1024) ^ (t * 16));
-        s[t][2 * h] = S.x * R[t][2 * h], s[t][2 * h + 1] = S.y * R[t][2 * h + 1];
-#pragma unroll
-        for (int e = 2 * h; e < 2 * h + 2; ++e) {
-          o[t][e] *= R[t][e], dp[t][e] *= R[t][e];
-          y[t][e] = bank * kSlots + half * 32 + t * 8 < p.M ? fmaf(d[h], s[t][e], o[t][e]) * (scale * 1.4426950408889634f) : -INFINITY;
-          top[h] = fmaxf(top[h], y[t][e]);
-        }
-      }
-      top[h] = fmaxf(quad_max(top[h]), -1e30f);  // a share without slots
-#pragma unroll
-      for (int t = 0; t < 4; ++t)
-#pragma unroll
-        for (int e = 2 * h; e < 2 * h + 2; ++e) y[t][e] = fast_exp2(y[t][e] - top[h]), sum[h] += y[t][e], dot[h] += y[t][e] * fmaf(b[h], s[t][e], dp[t][e]);
-      sum[h] = quad_sum(sum[h]), dot[h] = quad_sum(dot[h]);
-      if ((lane_id() & 3) == 0) sums.top[own][row + 8 * h] = top[h], sums.sum[own][row + 8 * h] = sum[h], sums.dot[own][row + 8 * h] = dot[h];
-    }
-    __syncthreads();
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int i = row + 8 * h;
-      float all = top[h];
-#pragma unroll
-      for (int x = 1; x < 2 * BANKS; ++x) all = fmaxf(all, sums.top[own ^ x][i]);
-      const float mine = fast_exp2(top[h] - all);
-      sum[h] *= mine, dot[h] *= mine;
-#pragma unroll
-      for (int x = 1; x < 2 * BANKS; ++x) {
-        const float theirs = fast_exp2(sums.top[own ^ x][i] - all);
-        sum[h] += sums.sum[own ^ x][i] * theirs, dot[h] += sums.dot[own ^ x][i] * theirs;
-      }
-      const float inv = 1.f / sum[h], f = mine * inv;
-      dot[h] *= inv;
-#pragma unroll
-      for (int t = 0; t < 4; ++t)
-#pragma unroll
-        for (int e = 2 * h; e < 2 * h + 2; ++e) y[t][e] *= f;
-    }
-    // e in the place of o, Yk in that of dp, Yv in that of y
-#pragma unroll
-    for (int t = 0; t < 4; ++t)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const float prob = y[t][e], cotangent = scale * prob * (fmaf(b[e >> 1], s[t][e], dp[t][e]) - dot[e >> 1]);
-        o[t][e] = fmaf(o[t][e], cotangent, prob * dp[t][e]);
-        dp[t][e] = cotangent * R[t][e];
-        y[t][e] = prob * R[t][e];
-      }
+    float y[4][4];  // e in the place of o, Yk in that of dp, Yv in y
+    cotangents<E>(o, dp, y, R, d, b, m.S[bank][0], sums.of, own, bank * kSlots + half * 32, p.M, scale, row, [] { __syncthreads(); });
     __syncthreads();  // what lies in Y is done with
-    {
-      auto Y = split<E>(dp);
-      store_operand<E>(m.Y[0] + bank * 2 * kTile, Y.hi, warp, half * 32);
-      store_operand<E>(m.Y[0] + bank * 2 * kTile + kTile, Y.lo, warp, half * 32);
-      Y = split<E>(y);
-      store_operand<E>(m.Y[1] + bank * 2 * kTile, Y.hi, warp, half * 32);
-      store_operand<E>(m.Y[1] + bank * 2 * kTile + kTile, Y.lo, warp, half * 32);
-    }
+    store_half(m.Y[0] + bank * 2 * kTile, dp, half, warp);
+    store_half(m.Y[1] + bank * 2 * kTile, y, half, warp);
     publish();
     __syncthreads();
     Saved<E>* const save = w.saved + (c.slot * p.HQ + q_head) * BANKS;

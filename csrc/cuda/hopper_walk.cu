@@ -29,7 +29,7 @@
 //     E [side]                    its side            its side             the warpgroup's own
 //     Y                           queries             all                  kOfAll / done; before it what the queries exchange, after it the terms of dg
 //     outer                       keys, then values   queries              kOfAll / outer_free
-#include "core/hopper.cuh"
+#include "core/backward.cuh"
 #include "core/select.cuh"
 #include "hopper.h"
 
@@ -40,9 +40,6 @@ using namespace hopper;
 
 template <class E, int D>
 struct WalkShared {
-  struct RowSums {  // of either half of the slots; in Y[1]
-    float top[2][64], sum[2][64], dot[2][64];
-  };
   E A[2][64 * D], B[2][64 * D], H[2][64 * D];
   E E0[2][64 * D], E1[64 * D];  // rounded; of the values, what rounding dropped
   E Y[2][2][kTile];             // [keys, values][part]
@@ -63,7 +60,7 @@ struct WalkShared {
     return c;
   }
   __device__ float* given() { return reinterpret_cast<float*>(Y[0]); }
-  __device__ RowSums& sums() { return *reinterpret_cast<RowSums*>(Y[1]); }
+  __device__ RowSums<2>& sums() { return *reinterpret_cast<RowSums<2>*>(Y[1]); }
   // Where the states are done with, at 128 dimensions.
   __device__ float* e() { return D == 64 ? spare : reinterpret_cast<float*>(H[1]); }
   __device__ float* inner() { return D == 64 ? spare + kTile : reinterpret_cast<float*>(H[0]); }
@@ -123,82 +120,23 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
       scores<E, D, false>(x, other, m.A[half], m.B[half], m.H[half], m.S[turn][0], m.factors[turn].in, warp, m.diagonal[half]);
       sync(kOfQueries, 256);  // the terms of dg are done with, and so is all of the chunk before
       load_S(i - 1, turn ^ 1);
-      float4* const to = reinterpret_cast<float4*>(m.given() + half * 64 * 32) + tid;
-#pragma unroll
-      for (int t = 0; t < 4; ++t) {
-        const float (&mine)[4] = x[t], (&theirs)[4] = x[t + 4];
-        to[t * 128] = half ? make_float4(mine[0], mine[1], mine[2], mine[3]) : make_float4(theirs[0], theirs[1], theirs[2], theirs[3]);
-      }
+      give_half(m.given() + half * 64 * 32, x, half, tid);
 #pragma unroll
       for (int t = 0; t < 4; ++t) {
         const float2 top = R_image[t * 4], bottom = R_image[t * 4 + 8 * 32];
         R[t][0] = top.x, R[t][1] = top.y, R[t][2] = bottom.x, R[t][3] = bottom.y;
       }
       sync(kOfQueries, 256);
-      const float4* const from = reinterpret_cast<const float4*>(m.given() + !half * 64 * 32) + tid;
-#pragma unroll
-      for (int t = 0; t < 4; ++t) {
-        const float4 y = from[t * 128];
-        const float got[4] = {y.x, y.y, y.z, y.w};
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float kept_back = half ? x[t + 4][e] : x[t][e];
-          o[t][e] = half ? got[e] : kept_back, dp[t][e] = half ? kept_back : got[e];
-        }
-      }
+      take_half(o, dp, x, m.given() + !half * 64 * 32, half, tid);
     }
-    {  // softmax, and <p, dp>, over all slots
-      float y[4][4], s[4][4], top[2], sum[2], dot[2], d[2], b[2];
+    {
+      float y[4][4], d[2], b[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) d[h] = m.diagonal[0][row + 8 * h], b[h] = m.diagonal[1][row + 8 * h];
-      auto& sums = m.sums();
-      const uint32_t S_row = place(m.S[turn][0], row, frag_col()) ^ (half * 64);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        top[h] = -INFINITY, sum[h] = dot[h] = 0.f;
-#pragma unroll
-        for (int t = 0; t < 4; ++t) {
-          const float2 S = both_at<E>((S_row + h * 1024) ^ (t * 16));
-          s[t][2 * h] = S.x * R[t][2 * h], s[t][2 * h + 1] = S.y * R[t][2 * h + 1];
-#pragma unroll
-          for (int e = 2 * h; e < 2 * h + 2; ++e) {
-            o[t][e] *= R[t][e], dp[t][e] *= R[t][e];
-            y[t][e] = half * 32 + t * 8 < p.M ? fmaf(d[h], s[t][e], o[t][e]) * (scale * 1.4426950408889634f) : -INFINITY;
-            top[h] = fmaxf(top[h], y[t][e]);
-          }
-        }
-        top[h] = fmaxf(quad_max(top[h]), -1e30f);  // a share without slots
-#pragma unroll
-        for (int t = 0; t < 4; ++t)
-#pragma unroll
-          for (int e = 2 * h; e < 2 * h + 2; ++e) y[t][e] = fast_exp2(y[t][e] - top[h]), sum[h] += y[t][e], dot[h] += y[t][e] * fmaf(b[h], s[t][e], dp[t][e]);
-        sum[h] = quad_sum(sum[h]), dot[h] = quad_sum(dot[h]);
-        if ((lane_id() & 3) == 0) sums.top[half][row + 8 * h] = top[h], sums.sum[half][row + 8 * h] = sum[h], sums.dot[half][row + 8 * h] = dot[h];
-      }
-      sync(kOfQueries, 256);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int j = row + 8 * h;
-        const float all = fmaxf(top[h], sums.top[!half][j]), mine = fast_exp2(top[h] - all), theirs = fast_exp2(sums.top[!half][j] - all);
-        const float inv = 1.f / (sum[h] * mine + sums.sum[!half][j] * theirs), f = mine * inv;
-        dot[h] = (dot[h] * mine + sums.dot[!half][j] * theirs) * inv;
-#pragma unroll
-        for (int t = 0; t < 4; ++t)
-#pragma unroll
-          for (int e = 2 * h; e < 2 * h + 2; ++e) {  // e in the place of o, Yk in that of dp, Yv in that of y
-            const float prob = y[t][e] * f, cotangent = scale * prob * (fmaf(b[h], s[t][e], dp[t][e]) - dot[h]);
-            o[t][e] = fmaf(o[t][e], cotangent, prob * dp[t][e]);
-            dp[t][e] = cotangent * R[t][e];
-            y[t][e] = prob * R[t][e];
-          }
-      }
+      cotangents<E>(o, dp, y, R, d, b, m.S[turn][0], m.sums(), half, half * 32, p.M, scale, row, [] { sync(kOfQueries, 256); });
       sync(kOfQueries, 256);  // what lies in Y is done with
-      auto Y = split<E>(dp);
-      store_operand<E>(m.Y[0][0], Y.hi, warp, half * 32);
-      store_operand<E>(m.Y[0][1], Y.lo, warp, half * 32);
-      Y = split<E>(y);
-      store_operand<E>(m.Y[1][0], Y.hi, warp, half * 32);
-      store_operand<E>(m.Y[1][1], Y.lo, warp, half * 32);
+      store_half(m.Y[0][0], dp, half, warp);
+      store_half(m.Y[1][0], y, half, warp);
     }
     publish();
     sync(kOfAll, 512);
@@ -295,9 +233,10 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
       sync(kOfQueries, 256);
     }
 
-    // ds in the place of inner; terms of dg from the back, from the front; write strengths
-    float T[4][4], F[4][4], s[4][4];
+    // ds in the place of inner; terms of dg from the back, from the front
+    float T[4][4], F[4][4];
     {
+      const bool coupled = p.s.ptr == nullptr;
       auto& m = anew(shared);
       const int tid = kept(threadIdx.x) % 128, row = tid / 32 * 16 + frag_row();
       const float4 *const e = reinterpret_cast<const float4*>(m.e()) + half * 512 + tid, *const outer = reinterpret_cast<const float4*>(m.outer) + half * 512 + tid;
@@ -319,7 +258,7 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
             T[t][k] = (x ? term.y : term.x) - S_ * inner[t][k];
             inner[t][k] = __fdividef(inner[t][k] + out_ + diagonal, R_);  // after the sequence: not stored
             F[t][k] = S_ * out_;
-            s[t][k] = S_ * R_;
+            if (coupled) inner[t][k] *= 1.f - S_ * R_;  // s = 1 - exp(g)
           }
         }
       }
@@ -330,59 +269,11 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
     load_H(i - 1);
     {
       auto& m = anew(shared);
-      const int tid = kept(threadIdx.x) % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0), row = warp * 16 + frag_row();
-      const bool coupled = p.s.ptr == nullptr;
-      E *const T_tile = m.Y[half][0], *const F_tile = m.Y[half][1];  // of this half's columns, two parts side by side
-      auto X = split<E>(T);
-      store_operand<E>(T_tile, X.hi, warp), store_operand<E>(T_tile, X.lo, warp, 32);
-      X = split<E>(F);
-      store_operand<E>(F_tile, X.hi, warp), store_operand<E>(F_tile, X.lo, warp, 32);
-      publish();
-      sync(4 + half, 128);
-      float dg[4][4];
-      zero(dg);
-      hand_over(dg);
-      products_begin();
-      {
-        const auto ones = triangle_of_ones<E, true>(warp);
-        product<E, 1>(dg, ones, mnmajor(T_tile));
-        product<E, 1>(dg, ones, mnmajor(T_tile + 32));
-      }
-      {
-        const auto ones = triangle_of_ones<E, false>(warp);
-        product<E, 1>(dg, ones, mnmajor(F_tile));
-        product<E, 1>(dg, ones, mnmajor(F_tile + 32));
-      }
-      products_commit();
-      products_wait<0>();
-      hand_over(dg);
-      const Chunk c = m.chunk(p, i);
+      const int warp = __shfl_sync(0xffffffffu, kept(threadIdx.x) % 128 / 32, 0);
       const int col = half * 32 + frag_col();
-      const Rows ds_rows = rows_of(p.ds, c, head), dg_rows = rows_of(p.dg, c, head);
-#pragma unroll
-      for (int t = 0; t < 4; ++t) {
-        const float2 k = *reinterpret_cast<const float2*>(m.edge[0] + col + t * 8), v = *reinterpret_cast<const float2*>(m.edge[1] + col + t * 8);
-        dg[t][0] += k.x + v.x, dg[t][1] += k.y + v.y, dg[t][2] += k.x + v.x, dg[t][3] += k.y + v.y;
-      }
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int j = row + 8 * h;
-        if (j < c.length)
-#pragma unroll
-          for (int t = 0; t < 4; ++t) {
-            float x[2];
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              x[e] = dg[t][2 * h + e];
-              if (j == 0 && m.factors[turn].start[col + t * 8 + e] == 0.f) x[e] = 0.f;  // a reset forgets whatever the gate would have changed
-              if (coupled) x[e] -= (1.f - s[t][2 * h + e]) * inner[t][2 * h + e];  // s = 1 - exp(g)
-            }
-            if (half * 32 + t * 8 < p.M) {
-              store_pair<E>(p.dg, dg_rows.at(j) + col + t * 8, x[0], x[1]);
-              if (!coupled) store_pair<E>(p.ds, ds_rows.at(j) + col + t * 8, inner[t][2 * h], inner[t][2 * h + 1]);
-            }
-          }
-      }
+      store_gate_gradients(
+          p, [&] { return m.chunk(p, i); }, head, 0, half, T, F, inner, m.Y[half][0], 4 + half, warp, [&](int t, int e) { return m.edge[0][col + t * 8 + e] + m.edge[1][col + t * 8 + e]; },
+          [&](int j, int t, int k) { return j == 0 && m.factors[turn].start[col + t * 8 + (k & 1)] == 0.f; });
     }
     S_parity ^= turn, turn ^= 1;
   }
