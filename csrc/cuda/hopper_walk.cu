@@ -24,11 +24,11 @@
 //
 //     shared memory               written by          read by              barriers (full / free)
 //     A, B [side]                 keys; values        all                  tokens_full / tokens_free and the warpgroup's own
-//     H [side]                    queries             all                  H_full / -; then e and half of inner, and kOfQueries
+//     H [side]                    queries             all                  H_full / keys_ready; then e (kOfQueries), half of inner (inner_full / Hk_free)
 //     S, start, in, out [turn]    bulk copy           all                  S_full / kOfQueries, done
 //     E [side]                    its side            its side             the warpgroup's own
-//     Y                           queries             all                  kOfAll / done; before it what the queries exchange, after it the terms of dg
-//     outer                       keys, then values   queries              kOfAll / outer_free
+//     Y                           queries             all                  Y_full / done; before it what the queries exchange, after it the terms of dg
+//     outer, edge                 keys and values     queries              keys_ready / outer_free, H_full
 #include "core/backward.cuh"
 #include "core/select.cuh"
 #include "hopper.h"
@@ -50,7 +50,7 @@ struct WalkShared {
     float start[kSlots], in[kSlots], out[kSlots];  // as in GateImage
   } factors[2];
   float edge[2][kSlots], diagonal[2][64];  // exp(G_end) <H, dH>; of q k^T, of d_o v^T
-  uint64_t S_full[2], tokens_full, tokens_free, H_full, outer_free, done;
+  uint64_t S_full[2], tokens_full, tokens_free, H_full, Y_full, keys_ready, outer_free, done, Hk_free, inner_full;
   int found;
   Sequence sequence;
   __device__ Chunk chunk(const Params& p, int i) const {
@@ -73,7 +73,7 @@ __device__ inline T& anew(T& x) {
   return *reinterpret_cast<T*>(reinterpret_cast<char*>(&x) + kept(0));
 }
 
-[[maybe_unused]] constexpr int kOfQueries = 1, kOfKeys = 2, kOfAll = 3;  // barriers of 256, 256, 512
+[[maybe_unused]] constexpr int kOfQueries = 1, kOfKeys = 2;  // barriers of 256
 
 // Queries 0 and 1.
 template <class E, int D>
@@ -139,12 +139,14 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
       store_half(m.Y[1][0], y, half, warp);
     }
     publish();
-    sync(kOfAll, 512);
+    arrive(&m.Y_full);
+    wait(&m.keys_ready, turn);  // Hv is done with
     {
       float4* const to = reinterpret_cast<float4*>(m.e()) + half * 512 + tid;
 #pragma unroll
       for (int t = 0; t < 4; ++t) to[t * 128] = make_float4(o[t][0], o[t][1], o[t][2], o[t][3]);
     }
+    wait(&m.Y_full, turn);
     float inner[4][4];
     float4 Rs[4];
     auto bring_R = [&] {  // before a barrier: on its way meanwhile
@@ -186,9 +188,9 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
         store_window<E>(rows_of(p.dq, c, head), dq, warp, 0, c.length, g * 64);
       }
       arrive(&m.tokens_free);
-      sync(kOfQueries, 256);  // Hk is done with
+      arrive(&m.Hk_free);
       bring_R();
-      sync(kOfQueries, 256);
+      wait(&m.inner_full, turn);
       const float4* const from = reinterpret_cast<const float4*>(m.inner()) + tid;
 #pragma unroll
       for (int t = 0; t < 4; ++t) {
@@ -221,7 +223,7 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
         hand_over(all);
       }
       arrive(&m.tokens_free);
-      sync(kOfQueries, 256);
+      wait(&m.Hk_free, turn);
       float4* const to = reinterpret_cast<float4*>(m.inner()) + tid;
 #pragma unroll
       for (int t = 0; t < 4; ++t) {
@@ -229,8 +231,8 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
 #pragma unroll
         for (int e = 0; e < 4; ++e) inner[t][e] = all[t + 4][e];
       }
+      arrive(&m.inner_full);
       bring_R();
-      sync(kOfQueries, 256);
     }
 
     // ds in the place of inner; terms of dg from the back, from the front
@@ -359,7 +361,8 @@ __device__ __forceinline__ void walk_keys(const BackwardParams& p, WalkShared<E,
       state_products(sum, m.H[values], dH, warp);
       if ((lane_id() & 3) == 0) m.edge[values][row] = sum[0] * factors.in[row], m.edge[values][row + 8] = sum[1] * factors.in[row + 8];
     }
-    sync(kOfAll, 512);
+    arrive(&m.keys_ready);
+    wait(&m.Y_full, turn);
     {  // dk or dv
       const E *const S0 = m.S[turn][0], *const S1 = m.S[turn][1], *const Y0 = m.Y[values][0], *const Y1 = m.Y[values][1];
       float x[8][4];
@@ -419,7 +422,8 @@ __global__ __launch_bounds__(512, 1) void walk_kernel(const __grid_constant__ Ba
   const int64_t n = packed ? longest_first(p, blockIdx.x / p.H, m.found) : blockIdx.x / p.H;
   const int role = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (threadIdx.x == 0) {
-    for (uint64_t* barrier : {&m.tokens_full, &m.tokens_free, &m.H_full, &m.outer_free, &m.done}) init(barrier, 256);
+    for (uint64_t* barrier : {&m.tokens_full, &m.tokens_free, &m.H_full, &m.Y_full, &m.keys_ready, &m.outer_free, &m.done}) init(barrier, 256);
+    for (uint64_t* barrier : {&m.Hk_free, &m.inner_full}) init(barrier, 128);
     init(m.S_full, 1), init(m.S_full + 1, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }

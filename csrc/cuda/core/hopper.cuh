@@ -486,7 +486,9 @@ struct GateMaker {
         for (int e = 0; e < 2; ++e) s[i][e] = one_minus_exp(g[i][e]);      // 0 where there is no token
     }
 #pragma unroll
-    for (int i = 0; i < ROWS; ++i) g[i][0] *= 1.4426950408889634f, g[i][1] *= 1.4426950408889634f;
+    for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) g[i][e] = __fmul_rn(g[i][e], 1.4426950408889634f);  // as in make: never part of an fma, the same bits in every kernel
   }
   // As far as the L2: registers that wait for them would be spilled.
   __device__ void prefetch(const Params& p, const Chunk& c, int64_t head) const {
@@ -593,14 +595,14 @@ struct GateMaker {
 
   // g and s become R and S of the window; before, total: of sums(begin, end).
   __device__ void make(int begin, int end, const float (&before)[2], const float (&total)[2]) {
-    float sum[2] = {before[0] - reference * total[0], before[1] - reference * total[1]};
+    float sum[2] = {fmaf(-reference, total[0], before[0]), fmaf(-reference, total[1], before[1])};
     if (quick && begin == 0 && end == 64) {
 #pragma unroll
       for (int i = 0; i < ROWS; ++i)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           if (i > 0 || warp > 0) sum[e] += g[i][e];
-          g[i][e] = fast_exp2(sum[e]), s[i][e] *= fast_exp2(-sum[e]);
+          g[i][e] = fast_exp2(sum[e]), s[i][e] = __fmul_rn(s[i][e], fast_exp2(-sum[e]));
         }
       return;
     }
@@ -612,7 +614,7 @@ struct GateMaker {
       for (int e = 0; e < 2; ++e) {
         if (t > begin && inside) sum[e] += g[i][e];
         g[i][e] = inside ? fast_exp2(sum[e]) : 0.f;
-        s[i][e] = inside ? s[i][e] * fast_exp2(-sum[e]) : 0.f;
+        s[i][e] = inside ? __fmul_rn(s[i][e], fast_exp2(-sum[e])) : 0.f;
       }
     }
   }
