@@ -678,10 +678,9 @@ struct GateMaker {
   }
   __device__ void store_edges(float* start, float* in, float* out, const float (&total)[2]) const {
     const float2 first = *reinterpret_cast<const float2*>(scratch.first + 2 * lane);
-    const float ref[2] = {reference * total[0], reference * total[1]};
     if (start) *reinterpret_cast<float2*>(start + 2 * lane) = make_float2(exp2f(first.x), exp2f(first.y));
-    *reinterpret_cast<float2*>(in + 2 * lane) = make_float2(exp2f(first.x + ref[0]), exp2f(first.y + ref[1]));
-    if (out) *reinterpret_cast<float2*>(out + 2 * lane) = make_float2(exp2f(total[0] - ref[0]), exp2f(total[1] - ref[1]));
+    *reinterpret_cast<float2*>(in + 2 * lane) = make_float2(exp2f(fmaf(reference, total[0], first.x)), exp2f(fmaf(reference, total[1], first.y)));
+    if (out) *reinterpret_cast<float2*>(out + 2 * lane) = make_float2(exp2f(fmaf(-reference, total[0], total[0])), exp2f(fmaf(-reference, total[1], total[1])));
   }
 };
 
