@@ -4,6 +4,7 @@ Under tests/emulation/run.py (GSA_EMULATED) tensors of the CPU go to the kernels
 tests marked `gpu` are skipped.
 """
 
+import collections
 import ctypes
 import os
 
@@ -34,6 +35,21 @@ def pytest_report_header():
     if EMULATED:
         return f"gsa_ext: CUDA kernels emulated, GSA_EMULATION_SEED={os.environ.get('GSA_EMULATION_SEED', '1')}"
     return f"gsa_ext: {_load.built().cpu_only or 'built for the CPU and CUDA'}"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--one-of", type=int, default=1, metavar="N", help="of the cases of each test the first, and then one of N")
+
+
+def pytest_collection_modifyitems(config, items):
+    if (one_of := config.getoption("one_of")) > 1:
+        seen = collections.Counter()
+        kept = []
+        for item in items:
+            test = item.nodeid.partition("[")[0]
+            kept += [item] if seen[test] % one_of == 0 else []
+            seen[test] += 1
+        items[:] = kept
 
 
 def pytest_runtest_setup(item):

@@ -67,7 +67,8 @@ INSTRUCTIONS = {
     "mbarrier.arrive.shared::cta.b64 _, [%0];": "emulation::mbarrier_arrive(%0)",
     "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;": "emulation::mbarrier_expect(%0, %1)",
     "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again; }": "emulation::mbarrier_wait(%0, %1)",
-    "{ .reg .pred done; again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1; @!done bra again; }": "emulation::mbarrier_wait(%0, %1)",
+    "{ .reg .pred done; again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1; @!done bra again; }": "emulation::"
+    "mbarrier_wait(%0, %1)",
     "barrier.cluster.arrive.release;": "emulation::cluster_arrive()",
     "barrier.cluster.arrive.relaxed;": "emulation::cluster_arrive()",
     "barrier.cluster.wait.acquire;": "emulation::cluster_wait()",
@@ -86,9 +87,9 @@ INSTRUCTIONS = {
     "wgmma.wait_group.sync.aligned %0;": "emulation::wgmma_wait(%0)",
 }
 for _kind, _type in (("Bf16", "bf16"), ("F16", "f16")):
-    INSTRUCTIONS[
-        f"mma.sync.aligned.m16n8k16.row.col.f32.{_type}.{_type}.f32 {{%0,%1,%2,%3}}, {{%4,%5,%6,%7}}, {{%8,%9}}, {{%0,%1,%2,%3}};"
-    ] = f"emulation::mma(emulation::k{_kind}, &%0, &%3, %4, %5, %6, %7, %8, %9)"
+    INSTRUCTIONS[f"mma.sync.aligned.m16n8k16.row.col.f32.{_type}.{_type}.f32 {{%0,%1,%2,%3}}, {{%4,%5,%6,%7}}, {{%8,%9}}, {{%0,%1,%2,%3}};"] = (
+        f"emulation::mma(emulation::k{_kind}, &%0, &%3, %4, %5, %6, %7, %8, %9)"
+    )
     for _n in (16, 32, 64, 128):
         _r, _instruction = _n // 2, f"wgmma.mma_async.sync.aligned.m64n{_n}k16.f32.{_type}.{_type} {{{', '.join(f'%{i}' for i in range(_n // 2))}}}, "
         _first = f"emulation::k{_kind}, {_n}, &%0, &%{_r - 1}, "
@@ -278,7 +279,7 @@ class Builder:
         cpu = re.search(r"flags\s*:.*", Path("/proc/cpuinfo").read_text())
         self.machine = digest(execute(["g++", "--version"]), cpu[0] if cpu else "", self.cuda)
 
-    def _object(self, name: str, key: str, compile: Callable[[Path], None]) -> Path:
+    def _object(self, name: str, key: str, compile: Callable[[Path], object]) -> Path:
         """The object of that key; older ones of that name go."""
         path = self.out / "objects" / f"{name}.{key[:16]}.o"
         if not path.exists():
@@ -312,7 +313,7 @@ class Builder:
     def runtime(self) -> Path:
         flags = [*self.device, "-O3", f"-I{self.cuda}"]
         key = digest((HERE / "runtime.cpp").read_text(), (HERE / "device.h").read_text(), flags, self.machine)
-        return self._object("runtime.cpp", key, lambda to: execute(["g++", *flags, "-c", HERE / "runtime.cpp", "-o", to]) and None)
+        return self._object("runtime.cpp", key, lambda to: execute(["g++", *flags, "-c", HERE / "runtime.cpp", "-o", to]))
 
     def library(self) -> Path:
         """gsa_ext._C, in a package of symbolic links to the checkout's."""
@@ -339,10 +340,10 @@ class Builder:
                 if source.name in ("ops.cpp", "beside.cpp", "inputs.cpp"):
                     includes += ["-include", HERE / "op_layer.h"]
                 command = ["g++", *flags, *includes, "-c", source, "-o"]
-                return self._object(source.name, digest(source.read_text(), own_headers, command), lambda to: execute([*command, to]) and None)
+                return self._object(source.name, digest(source.read_text(), own_headers, command), lambda to: execute([*command, to]))
 
             def precompiled() -> None:
-                gch = self._object("torch_headers.h", key, lambda to: execute(["g++", *flags, "-x", "c++-header", headers, "-o", to]) and None)
+                gch = self._object("torch_headers.h", key, lambda to: execute(["g++", *flags, "-x", "c++-header", headers, "-o", to]))
                 link = headers.with_suffix(".h.gch")
                 link.unlink(missing_ok=True)
                 link.hardlink_to(gch)
@@ -358,7 +359,9 @@ class Builder:
             to.parent.mkdir(parents=True, exist_ok=True)
             new = to.with_suffix(f".{os.getpid()}")
             lib = Path(torch.__file__).parent / "lib"
-            execute(["g++", "-shared", *self.extra, *paths, f"-L{lib}", "-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python", "-Wl,-Bsymbolic", "-ldl", "-o", new])
+            execute(
+                ["g++", "-shared", *self.extra, *paths, f"-L{lib}", "-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python", "-Wl,-Bsymbolic", "-ldl", "-o", new]
+            )
             new.rename(to)
             stamp.write_text(everything)
         for path in (ROOT / "gsa_ext").iterdir():

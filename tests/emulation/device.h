@@ -117,7 +117,9 @@ void meet(uint32_t mask, Meeting f, void* mine, const void* aligned = nullptr);
 void sync(int id, int threads);
 void sync_all();
 int sync_or(int value);
-inline void syncwarp(uint32_t mask = ~0u) { meet(mask, [](void* const (&)[32], uint32_t) {}, nullptr); }
+inline void syncwarp(uint32_t mask = ~0u) {
+  meet(mask, [](void* const(&)[32], uint32_t) {}, nullptr);
+}
 
 template <class T>
 T shuffle(uint32_t mask, T x, int from) {
@@ -127,7 +129,7 @@ T shuffle(uint32_t mask, T x, int from) {
   } mine{x, x, from & 31};
   meet(
       mask,
-      [](void* const (&brought)[32], uint32_t mask) {
+      [](void* const(&brought)[32], uint32_t mask) {
         for (int l = 0; l < 32; ++l)
           if (mask >> l & 1) {
             auto* own = static_cast<Mine*>(brought[l]);
@@ -143,7 +145,7 @@ template <class T>
 T reduce_max(uint32_t mask, T x) {
   meet(
       mask,
-      [](void* const (&brought)[32], uint32_t mask) {
+      [](void* const(&brought)[32], uint32_t mask) {
         T top = *static_cast<T*>(brought[std::countr_zero(mask)]);
         for (int l = 0; l < 32; ++l)
           if (mask >> l & 1) top = *static_cast<T*>(brought[l]) > top ? *static_cast<T*>(brought[l]) : top;
@@ -189,7 +191,7 @@ void wgmma_wait(int pending);
 
 // ------------------------------------------------------------------------------------------------------------ arithmetic
 
-inline float to_tf32(float x) { return std::bit_cast<float>((std::bit_cast<uint32_t>(x) + 0x1000u) & 0xffffe000u); }
+inline uint32_t to_tf32(float x) { return (std::bit_cast<uint32_t>(x) + 0x1000u) & 0xffffe000u; }
 inline float exp2_ftz(float x) {
   const float y = ::exp2f(x);
   return y < 0x1p-126f ? 0.f : y;

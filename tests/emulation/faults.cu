@@ -54,7 +54,17 @@ __global__ void barrier_kernel(const float* x, float* o) {
   o[tid] = x[tid];
 }
 
-enum class Copy { right, no_wait, no_barrier, into_what_is_read, ends_before_stores, store_source_written, barrier_not_initialised, arrival_too_many, odd_address };
+enum class Copy {
+  right,
+  no_wait,
+  no_barrier,
+  into_what_is_read,
+  ends_before_stores,
+  store_source_written,
+  barrier_not_initialised,
+  arrival_too_many,
+  odd_address
+};
 template <Copy kind>
 __global__ void bulk_kernel(const float* x, float* o) {
   extern __shared__ __align__(1024) char memory[];

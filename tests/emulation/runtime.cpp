@@ -46,7 +46,7 @@ namespace emulation {
 namespace {
 
 constexpr int64_t kWindow = 1 << 18, kStack = 1 << 18, kPage = 4096;
-constexpr int64_t kShared = 232448;                        // bytes that a block can have
+constexpr int64_t kShared = 232448;  // bytes that a block can have
 constexpr int kBarriers = 16, kMaxCluster = 8;
 
 // ------------------------------------------------------------------------------------------------------------ chance
@@ -55,8 +55,8 @@ uint64_t seed = [] {
   const char* s = getenv("GSA_EMULATION_SEED");
   return s ? strtoull(s, nullptr, 0) : 1;
 }();
-uint64_t launches = 0, chance_state = 1;                   // launches: since begin()
-uint32_t chance() {                                        // splitmix64
+uint64_t launches = 0, chance_state = 1;  // launches: since begin()
+uint32_t chance() {  // splitmix64
   uint64_t z = chance_state += 0x9e3779b97f4a7c15;
   z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9, z = (z ^ z >> 27) * 0x94d049bb133111eb;
   return static_cast<uint32_t>((z ^ z >> 31) >> 32);
@@ -92,13 +92,13 @@ struct Copy {
 struct Store {
   void* to;
   uint32_t from, bytes;
-  std::vector<char> data;                                  // once shared memory is read
+  std::vector<char> data;  // once shared memory is read
 };
 struct Thread : Fiber {
   void* stack_pointer = nullptr;
   char* stack = nullptr;
   bool done = true;
-  const uint32_t* watched = nullptr;                       // waits while *watched & mask == value
+  const uint32_t* watched = nullptr;  // waits while *watched & mask == value
   uint32_t mask = 0, value = 0;
   const char* waits = "";
   int64_t on = 0;
@@ -113,7 +113,7 @@ struct Cta;
 }  // namespace
 
 struct Warp {
-  int index = 0;                                           // in its block
+  int index = 0;  // in its block
   uint32_t live = 0;
   // Lanes that meet.
   void* brought[32];
@@ -144,7 +144,7 @@ struct Cta : Block {
   std::vector<Warp> warps;
   Barrier barriers[kBarriers];
   std::vector<Variable> variables;
-  int64_t bytes = 0;                                       // of shared memory, variables included
+  int64_t bytes = 0;  // of shared memory, variables included
   int live = 0;
 };
 struct Load {
@@ -152,7 +152,7 @@ struct Load {
   uint32_t to;
   const void* from;
   uint32_t bytes, barrier;
-  uint32_t value;                                          // from == nullptr: of st.async
+  uint32_t value;  // from == nullptr: of st.async
 };
 
 std::mutex one_launch;
@@ -160,7 +160,7 @@ std::vector<std::unique_ptr<Thread>> threads;
 std::vector<std::unique_ptr<Cta>> ctas;
 int cluster_size = 1;
 std::deque<Load> under_way;
-std::vector<Store> stores_under_way;                       // to memory, of data already read
+std::vector<Store> stores_under_way;  // to memory, of data already read
 struct {
   int arrived = 0, live = 0;
   uint32_t turn = 0;
@@ -280,7 +280,8 @@ std::string source_of(const void* place) {
   const auto [it, fresh] = known.try_emplace(place);
   Dl_info info;
   if (!fresh || !dladdr(place, &info)) return it->second;
-  const std::string command = text("addr2line -i -e '%s' %#lx", info.dli_fname, long(static_cast<const char*>(place) - static_cast<const char*>(info.dli_fbase)) - 1);
+  const std::string command =
+      text("addr2line -i -e '%s' %#lx", info.dli_fname, long(static_cast<const char*>(place) - static_cast<const char*>(info.dli_fbase)) - 1);
   if (FILE* f = popen(command.c_str(), "r")) {
     char line[1024];
     while (fgets(line, sizeof line, f)) {
@@ -404,7 +405,7 @@ uint32_t ballot(uint32_t mask, bool x) {
   uint32_t mine = x;
   meet(
       mask,
-      [](void* const (&brought)[32], uint32_t mask) {
+      [](void* const(&brought)[32], uint32_t mask) {
         uint32_t all = 0;
         for (int l = 0; l < 32; ++l)
           if (mask >> l & 1) all |= *static_cast<uint32_t*>(brought[l]) << l;
@@ -430,7 +431,8 @@ static int synchronise(int id, int n, int value, const void* place) {
   Cta& c = cta();
   Warp& w = *t.warp;
   if (id < 0 || id >= kBarriers || n <= 0 || n % 32 || n > static_cast<int>(blockDim.x)) fail("bar.sync %d, %d", id, n);
-  if (w.at_barrier && (w.id != id || w.threads != n)) fail("lanes of a warp at different barriers: bar.sync %d, %d and bar.sync %d, %d", w.id, w.threads, id, n);
+  if (w.at_barrier && (w.id != id || w.threads != n))
+    fail("lanes of a warp at different barriers: bar.sync %d, %d and bar.sync %d, %d", w.id, w.threads, id, n);
   if (w.at_barrier && !same_place(w.barrier_place, place))
     fail("lanes of a warp come to bar.sync %d from different places:\n  %s\n  %s", id, source_of(place).c_str(), source_of(w.barrier_place).c_str());
   if (!w.at_barrier) w.value = 0;
@@ -679,7 +681,7 @@ static void run(const Product& p, Flight& f) {
       } else if (!p.a_transposed) {
         read8(x, p.kind, p.A, false, p.warp % 4 * 16 + i, k);
         for (int e = 0; e < 8; ++e) A[i][k + e] = x[e];
-      } else {                                             // the 16 x 16 the other way round
+      } else {  // the 16 x 16 the other way round
         read8(x, p.kind, p.A, true, p.warp % 4 * 16 + k, i);
         for (int e = 0; e < 8; ++e) A[k + e][i] = x[e];
       }
@@ -705,9 +707,9 @@ static void run(const Product& p, Flight& f) {
   }
 }
 
-constexpr uint32_t kInFlight = 0xfff1f1f1u;                // a NaN that nothing makes
+constexpr uint32_t kInFlight = 0xfff1f1f1u;  // a NaN that nothing makes
 template <class F>
-static void each_accumulator(Flight& f, F&& use) {         // use(the thread's, what it is)
+static void each_accumulator(Flight& f, F&& use) {  // use(the thread's, what it is)
   for (int l = 0; l < 32; ++l)
     for (int i = 0; i < f.n / 2; ++i) use(f.c[l][i], f.value[l / 4 + (i >> 1 & 1) * 8][i / 4 * 8 + l % 4 * 2 + (i & 1)]);
 }
@@ -756,7 +758,7 @@ void wgmma_rs(Kind kind, int n, float* c, const float* last, uint32_t a0, uint32
 }
 // Also orders what the warp did to its registers before; that is not looked at.
 void wgmma_fence() {
-  meet(~0u, [](void* const (&)[32], uint32_t) {}, nullptr, __builtin_return_address(0));
+  meet(~0u, [](void* const(&)[32], uint32_t) {}, nullptr, __builtin_return_address(0));
 }
 static void finish(Warp& w, int pending) {
   while (static_cast<int>(w.groups.size()) > pending) {
@@ -775,7 +777,7 @@ static void finish(Warp& w, int pending) {
 void wgmma_commit() {
   meet(
       ~0u,
-      [](void* const (&)[32], uint32_t) {
+      [](void* const(&)[32], uint32_t) {
         Warp& w = *self->warp;
         w.groups.push_back(std::move(w.open));
         w.open.clear();
@@ -784,8 +786,7 @@ void wgmma_commit() {
       nullptr, __builtin_return_address(0));
 }
 void wgmma_wait(int pending) {
-  meet(
-      ~0u, [](void* const (&brought)[32], uint32_t) { finish(*self->warp, *static_cast<int*>(brought[0])); }, &pending, __builtin_return_address(0));
+  meet(~0u, [](void* const(&brought)[32], uint32_t) { finish(*self->warp, *static_cast<int*>(brought[0])); }, &pending, __builtin_return_address(0));
 }
 
 // ------------------------------------------------------------------------------------------------------------ grids
@@ -891,12 +892,14 @@ void run(const void* kernel, void (*body)(void*), void* arguments, dim3 grid, di
   chance_state = seed * 0x2545f4914f6cdd1d + launches;
   launched.insert(kernel);
   cluster_size = static_cast<int>(cluster.x), dynamic_bytes = shared_bytes, blockDim = block, gridDim = grid;
-  if (block.y * block.z * cluster.y * cluster.z != 1 || n % 32 || n == 0 || n > 1024) fail("blocks of %u x %u x %u threads are not emulated", block.x, block.y, block.z);
-  if (shared_bytes > kShared || cluster_size > kMaxCluster || grid.x % cluster.x) fail("%ld bytes of shared memory, clusters of %u", long(shared_bytes), cluster.x);
+  if (block.y * block.z * cluster.y * cluster.z != 1 || n % 32 || n == 0 || n > 1024)
+    fail("blocks of %u x %u x %u threads are not emulated", block.x, block.y, block.z);
+  if (shared_bytes > kShared || cluster_size > kMaxCluster || grid.x % cluster.x)
+    fail("%ld bytes of shared memory, clusters of %u", long(shared_bytes), cluster.x);
   while (static_cast<int>(threads.size()) < n * cluster_size) {
     threads.push_back(std::make_unique<Thread>());
     char* p = static_cast<char*>(mmap(nullptr, kPage + kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-    mprotect(p, kPage, PROT_NONE);                         // who needs more ends here
+    mprotect(p, kPage, PROT_NONE);  // who needs more ends here
     threads.back()->stack = p + kPage;
   }
   while (static_cast<int>(ctas.size()) < cluster_size) ctas.push_back(std::make_unique<Cta>());

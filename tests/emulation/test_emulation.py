@@ -3,6 +3,7 @@
 import ctypes
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,8 +13,9 @@ if "GSA_EMULATED" not in os.environ:
     pytest.skip("for python tests/emulation/run.py", allow_module_level=True)
 sys.path.insert(0, str(Path(__file__).parent))
 
-import build
 import torch
+
+import build
 
 ASAN = "emulated-asan" in os.environ["GSA_EMULATED"]
 THREADS, ROUNDS = 128, 8
@@ -104,14 +106,18 @@ def test_the_same_seed_is_the_same_run(faults):
     assert once() == once()
 
 
+BEYOND = """
+import ctypes, sys, torch
+library = ctypes.CDLL(sys.argv[1])
+library.gsa_emulation_fault.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p]
+x, o = torch.zeros(4096), torch.zeros(4096)
+library.gsa_emulation_fault(b"beyond the end of a tensor", x.data_ptr(), o.data_ptr())
+"""
+
+
 @pytest.mark.skipif(not ASAN, reason="with --asan")
 def test_beyond_the_end_of_a_tensor(faults):
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_emulation as t; import ctypes, torch; l = ctypes.CDLL({faults._name!r}); "
-    code += "l.gsa_emulation_fault.argtypes = [ctypes.c_char_p] + 2 * [ctypes.c_void_p]; x, o = torch.zeros(2, 4096).unbind(); o = o.clone(); "
-    code += "l.gsa_emulation_fault(b'beyond the end of a tensor', x.data_ptr(), o.data_ptr())"
-    import subprocess
-
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", BEYOND, faults._name], capture_output=True, text=True)
     assert done.returncode and "heap-buffer-overflow" in done.stderr and "beyond_kernel" in done.stderr, done.stderr[-2000:]
 
 
