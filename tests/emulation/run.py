@@ -17,9 +17,11 @@ import sys
 
 import build
 
-# One of seven cases of each test; what is left out has no kernel, or is too long.
-SUBSET = ["tests/emulation", "tests/test_hopper.py", "tests/test_accuracy.py", "tests/test_inputs.py", "tests/test_beside.py", "--one-of", "7"]
-SUBSET += ["-k", "emulation or not (fp64 or float64 or window_attention or opcheck or fake or compile)"]
+# One of twelve cases of each test; what is left out has no kernel, or takes too long here.
+SUBSET = ["tests/emulation", "tests/test_hopper.py", "tests/test_accuracy.py", "tests/test_inputs.py", "tests/test_beside.py", "--one-of", "12"]
+LONG = ["environment_decides", "never_walk", "block_for_all_heads", "more_chunks_than", "test_pool", "several_windows_among", "many_rows", "test_long"]
+NO_KERNEL = ["fp64", "float64", "window_attention", "opcheck", "fake", "compile"]
+SUBSET += ["-k", f"emulation or not ({' or '.join([*LONG, *NO_KERNEL])})"]
 
 
 def main(arguments: list[str]) -> int:
