@@ -41,8 +41,9 @@ def main(arguments: list[str]) -> int:
         os.chdir(build.ROOT)
     environment = {**os.environ, "GSA_EMULATED": str(library), "PYTHONPATH": f"{builder.package}{os.pathsep}{build.ROOT}", "OMP_NUM_THREADS": "1"}
     if asan:
-        preload = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
-        environment |= {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
+        # libstdc++ too, or AddressSanitizer looks for its exceptions before they are there
+        libraries = [build.execute(["g++", f"-print-file-name={name}"]).strip() for name in ("libasan.so", "libstdc++.so")]
+        environment |= {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
     # -P and no pythonpath: the package of the checkout is not the one to import
     return subprocess.run([sys.executable, "-P", "-m", "pytest", "-o", "pythonpath=", *arguments], env=environment).returncode
 
