@@ -41,6 +41,7 @@ def pytest_addoption(parser):
     parser.addoption("--one-of", type=int, default=1, metavar="N", help="of the cases of each test the first, and then one of N")
 
 
+@pytest.hookimpl(trylast=True)  # of those that -k leaves
 def pytest_collection_modifyitems(config, items):
     if (one_of := config.getoption("one_of")) > 1:
         seen = collections.Counter()

@@ -166,6 +166,7 @@ struct {
   uint32_t turn = 0;
 } cluster_barrier;
 int64_t dynamic_bytes = 0;
+int lanes = 0;  // of a block: its threads, and what its last warp has no thread for
 const void* kernel_at = nullptr;
 std::set<const void*> launched;
 std::string trouble;
@@ -430,7 +431,7 @@ static int synchronise(int id, int n, int value, const void* place) {
   Thread& t = me();
   Cta& c = cta();
   Warp& w = *t.warp;
-  if (id < 0 || id >= kBarriers || n <= 0 || n % 32 || n > static_cast<int>(blockDim.x)) fail("bar.sync %d, %d", id, n);
+  if (id < 0 || id >= kBarriers || n <= 0 || n % 32 || n > lanes) fail("bar.sync %d, %d", id, n);
   if (w.at_barrier && (w.id != id || w.threads != n))
     fail("lanes of a warp at different barriers: bar.sync %d, %d and bar.sync %d, %d", w.id, w.threads, id, n);
   if (w.at_barrier && !same_place(w.barrier_place, place))
@@ -444,8 +445,8 @@ static int synchronise(int id, int n, int value, const void* place) {
   return b.result[turn & 1];
 }
 void sync(int id, int n) { synchronise(id, n, 0, __builtin_return_address(0)); }
-void sync_all() { synchronise(0, static_cast<int>(blockDim.x), 0, __builtin_return_address(0)); }
-int sync_or(int value) { return synchronise(0, static_cast<int>(blockDim.x), value, __builtin_return_address(0)); }
+void sync_all() { synchronise(0, lanes, 0, __builtin_return_address(0)); }
+int sync_or(int value) { return synchronise(0, lanes, value, __builtin_return_address(0)); }
 
 // Every thread of the cluster arrives, and waits for all of them later.
 void cluster_arrive() {
@@ -819,18 +820,18 @@ static void prepare(Cta& c, int rank, uint3 index, int n) {
     c.shared = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(p) + kWindow - 1) & ~(kWindow - 1));
   }
   c.index = index, c.rank = rank, c.bytes = dynamic_bytes, c.live = n;
-  c.variables.clear(), c.warps.clear(), c.warps.resize(n / 32);
+  c.variables.clear(), c.warps.clear(), c.warps.resize(lanes / 32);
   std::fill(std::begin(c.barriers), std::end(c.barriers), Barrier{});
 #if defined(__SANITIZE_ADDRESS__)
   ASAN_POISON_MEMORY_REGION(c.shared, kWindow);
   ASAN_UNPOISON_MEMORY_REGION(c.shared, dynamic_bytes);
 #endif
   memset(c.shared, 0xff, dynamic_bytes);
-  for (int i = 0; i < n; ++i) {
-    Thread& t = *threads[rank * n + i];
+  for (int i = 0; i < lanes; ++i) {
+    Thread& t = *threads[rank * lanes + i];
     Warp& w = c.warps[i / 32];
-    w.index = i / 32, w.live = ~0u;
-    t.thread = uint3{unsigned(i), 0, 0}, t.index = i, t.lane = i % 32, t.warp = &w, t.block = &c, t.done = false, t.watched = nullptr, t.waits = "";
+    w.index = i / 32, w.live |= uint32_t(i < n) << i % 32;
+    t.thread = uint3{unsigned(i), 0, 0}, t.index = i, t.lane = i % 32, t.warp = &w, t.block = &c, t.done = i >= n, t.watched = nullptr, t.waits = "";
     t.open_copies.clear(), t.copies.clear(), t.open_stores.clear(), t.stores.clear();
     void** top = reinterpret_cast<void**>(t.stack + kStack);
     *--top = nullptr;
@@ -847,7 +848,7 @@ static bool go_on(Warp& w, Thread& first) {
     again = false;
     const bool down = when == When::random && chance() & 1;
     for (int i = 0; i < 32; ++i) {
-      Thread& t = *threads[first.block->rank * static_cast<int>(blockDim.x) + first.index + (down ? 31 - i : i)];
+      Thread& t = *threads[first.block->rank * lanes + first.index + (down ? 31 - i : i)];
       if (t.done || !t.ready()) continue;
       self = &t;
       to_thread(t);
@@ -865,8 +866,8 @@ static void deliver() {
   under_way.pop_front();
   run(l);
 }
-static void run_cluster(int n) {
-  const int count = n / 32 * cluster_size;
+static void run_cluster() {
+  const int count = lanes / 32 * cluster_size;
   std::vector<int> order(count);
   for (int i = 0; i < count; ++i) order[i] = i;
   auto live = [] { return std::any_of(ctas.begin(), ctas.begin() + cluster_size, [](auto& c) { return c->live > 0; }); };
@@ -879,7 +880,7 @@ static void run_cluster(int n) {
       if (when != When::late && !under_way.empty() && chance() % 8 == 0) deliver(), any = true;
     }
     if (any) continue;
-    if (under_way.empty()) throw std::runtime_error(head() + ": nobody can go on" + who_waits(n));
+    if (under_way.empty()) throw std::runtime_error(head() + ": nobody can go on" + who_waits(lanes));
     deliver();
   }
   if (!under_way.empty()) fail("a block ends while copies to it are on their way");
@@ -891,12 +892,11 @@ void run(const void* kernel, void (*body)(void*), void* arguments, dim3 grid, di
   ++launches, kernel_at = kernel, kernel_body = body, kernel_arguments = arguments, self = nullptr;
   chance_state = seed * 0x2545f4914f6cdd1d + launches;
   launched.insert(kernel);
-  cluster_size = static_cast<int>(cluster.x), dynamic_bytes = shared_bytes, blockDim = block, gridDim = grid;
-  if (block.y * block.z * cluster.y * cluster.z != 1 || n % 32 || n == 0 || n > 1024)
-    fail("blocks of %u x %u x %u threads are not emulated", block.x, block.y, block.z);
+  cluster_size = static_cast<int>(cluster.x), dynamic_bytes = shared_bytes, lanes = (n + 31) / 32 * 32, blockDim = block, gridDim = grid;
+  if (block.y * block.z * cluster.y * cluster.z != 1 || n == 0 || n > 1024) fail("blocks of %u x %u x %u threads are not emulated", block.x, block.y, block.z);
   if (shared_bytes > kShared || cluster_size > kMaxCluster || grid.x % cluster.x)
     fail("%ld bytes of shared memory, clusters of %u", long(shared_bytes), cluster.x);
-  while (static_cast<int>(threads.size()) < n * cluster_size) {
+  while (static_cast<int>(threads.size()) < lanes * cluster_size) {
     threads.push_back(std::make_unique<Thread>());
     char* p = static_cast<char*>(mmap(nullptr, kPage + kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     mprotect(p, kPage, PROT_NONE);  // who needs more ends here
@@ -913,7 +913,7 @@ void run(const void* kernel, void (*body)(void*), void* arguments, dim3 grid, di
     cluster_barrier = {0, n * cluster_size, 0};
     for (int rank = 0; rank < cluster_size; ++rank)
       prepare(*ctas[rank], rank, uint3{unsigned(i % across) * cluster.x + rank, unsigned(i / across % grid.y), unsigned(i / across / grid.y)}, n);
-    run_cluster(n);
+    run_cluster();
   }
   for (const Store& s : stores_under_way) land(s);
   stores_under_way.clear();
