@@ -1,4 +1,5 @@
-// Included before the op layer (csrc/*.cpp) in the emulated build: there a tensor counts as one of the GPU unless it is fp64, which has kernels on the CPU only.
+// Included before the op layer (csrc/*.cpp) in the emulated build: there a tensor counts as one of the GPU unless it is fp64, which has kernels on the
+// CPU only.
 #pragma once
 #include "torch_headers.h"
 

@@ -2,9 +2,9 @@
 // seed: the order of the blocks, which warp goes on and for how long, in which direction its lanes do, when asynchronous work is done.
 //
 //     bar.sync, mma, wgmma ...   lanes of a warp meet; a barrier counts warps. Lanes that arrive from different places in the code are reported
-//     shared memory              NaN (0xff) in the beginning, and where a copy is on its way; addresses are checked; each block of a cluster has a window of its own
-//     copies, products           done at once, or when they are waited for, or some time in between (GSA_EMULATION=early, late, random). Accumulators of products in
-//                                flight hold NaN, and so does what a copy will fill: reading is seen in the results, writing is reported
+//     shared memory              NaN (0xff) in the beginning, and where a copy is on its way; addresses are checked; each block of a cluster has a window
+//     copies, products           done at once, or when they are waited for, or some time in between (GSA_EMULATION=early, late, random). Accumulators of
+//                                products in flight hold NaN, and so does what a copy will fill: reading is seen in the results, writing is reported
 //     nobody can go on           reported, with what everybody waits for
 //
 // What it cannot show: time, registers, bank conflicts, and all that follows from a memory model weaker than one CPU's (fences are nothing here).
