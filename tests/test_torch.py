@@ -403,6 +403,7 @@ def test_from_many_threads(device):
 LAYOUTS = {"batch": {"B": 2, "T": 150}, "packed": {"lengths": [40, 0, 110]}}
 
 
+@pytest.mark.gpu("CUDA graphs")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @modes
@@ -436,6 +437,7 @@ def test_cuda_graph(op, mode, dtype, layout, cuda):
     same(torch.autograd.grad(want, other_leaves, cotangents), grads)
 
 
+@pytest.mark.gpu("CUDA graphs")
 @modes
 def test_cuda_graph_of_a_step(mode, cuda):
     x = make_inputs(4, 6, 4, 2, 32, 32, 16, mode=mode, device=cuda)
@@ -456,6 +458,7 @@ def test_cuda_graph_of_a_step(mode, cuda):
         same([gsa_step(**now, state=eager, state_indices=torch.tensor(where, device=cuda)), *eager], [o, *pool])
 
 
+@pytest.mark.gpu("CUDA graphs")
 @modes
 @both
 def test_cuda_graph_of_prefill(op, mode, cuda):
@@ -475,6 +478,7 @@ def test_cuda_graph_of_prefill(op, mode, cuda):
         same([op(**x, initial_state=eager)[0], *eager], [o, *pool])
 
 
+@pytest.mark.gpu("synchronisation")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @modes
 def test_no_host_synchronisation(mode, layout, cuda):
@@ -499,6 +503,7 @@ def test_no_host_synchronisation(mode, layout, cuda):
             torch.cuda.set_sync_debug_mode(before)
 
 
+@pytest.mark.gpu("streams")
 def test_any_stream(cuda):
     """Work goes to the current stream: it is done while the default stream is still busy."""
     x = make_inputs(2, 500, 8, 8, 64, 64, 32, dtype=torch.bfloat16, device=cuda)
@@ -516,6 +521,7 @@ def test_any_stream(cuda):
     torch.cuda.synchronize()
 
 
+@pytest.mark.gpu("devices")
 def test_any_device(cuda):
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU")
@@ -527,6 +533,7 @@ def test_any_device(cuda):
     assert torch.cuda.current_device() == 0
 
 
+@pytest.mark.gpu("a switch of the GPU's")
 def test_tf32_only_where_torch_allows_it(cuda):
     x = make_inputs(2, 150, 4, 4, 64, 64, 32, device=cuda)
     want = testing.results(testing.vectorised_gsa, x, double=True)
@@ -541,6 +548,7 @@ def test_tf32_only_where_torch_allows_it(cuda):
         assert testing.error(exact[name], want[name]) < 5e-6 and testing.error(fast[name], want[name]) < 3e-3, name
 
 
+@pytest.mark.gpu("memory")
 @pytest.mark.big
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_more_than_two_to_the_31_elements(dtype, cuda):
