@@ -7,6 +7,8 @@
 
 #include <tuple>
 
+#include "step.h"
+
 namespace gsa {
 namespace {
 
@@ -29,9 +31,6 @@ using BackwardSignature = Seven(const OptTensor&, const OptTensor&, const OptTen
 using AbcSignature = Three(const Tensor&, const OptTensor&, const OptTensor&, bool);
 using AbcBackwardSignature = Two(const Tensor&, const Tensor&, const OptTensor&, const Tensor&, const Tensor&, const Tensor&, const OptTensor&,
                                  const OptTensor&, bool);
-using StepSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptTensor&, const OptTensor&, Tensor, Tensor, const OptTensor&, OptDouble,
-                             const OptTensor&, const OptTensor&, double, const OptTensor&, const OptTensor&, bool, bool);
-
 using PrefillSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptTensor&, const OptTensor&, Tensor, Tensor, const OptTensor&, OptDouble,
                                 const Tensor&, const OptTensor&, bool, bool);
 

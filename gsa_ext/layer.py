@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gsa_ext.ops import chunk_gsa
+from gsa_ext.ops import chunk_gsa, step_of_token
 
 
 class SlotState:
@@ -206,17 +206,16 @@ def slot_attention(
             (B, _, H, K), V, M = k.shape, v.shape[-1], gate_logits.shape[-1]
             dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
             state.slots = (q.new_zeros(B, H, K, M, dtype=dtype), q.new_zeros(B, H, M, V, dtype=dtype))
-        token, cos, sin = None if mask is None else mask[:, 0], None, None
+        cos = sin = None
         if rotary is not None and rotary.in_kernel(q):
-            cos, sin = rotary.cos[:, 0], rotary.sin[:, 0]
+            cos, sin = rotary.cos, rotary.sin
         elif rotary is not None:
             q, k = rotary.apply(q, k)
         if lowest_logit is not None:
             gate_logits = gate_logits.clamp(min=lowest_logit)
-        o = torch.ops.gsa.step(
-            q[:, 0], k[:, 0], v[:, 0], None, gate_logits[:, 0], *state.slots, None, scale, None, token, gate_normalizer, cos, sin, silu_qk, silu_v)
+        o = step_of_token(q, k, v, gate_logits, *state.slots, scale, mask, gate_normalizer, cos, sin, silu_qk, silu_v)
         state.seen += 1
-        return o[:, None]
+        return o
 
     if rotary is not None:
         q, k = rotary.apply(q, k)

@@ -231,6 +231,7 @@ def test_window_keeps(dtype, T, window, kind, device):
     assert error(both[tokens], want[tokens]) < ALLOWED[dtype]
 
 
+@pytest.mark.gpu("FlashAttention")
 def test_window_where_flash_is_off(cuda):
     """What switches FlashAttention off in torch switches it off here; and deterministic algorithms make its backward so."""
     q, k, v, _ = window_inputs("plain", 300, 64, 8, 2, 64, torch.bfloat16, cuda)

@@ -235,6 +235,7 @@ def test_bad_prefill(op, what, device, checking):
     assert before is None or all(map(torch.equal, before, x["initial_state"]))
 
 
+@pytest.mark.gpu("the checks of the CPU refuse that")
 @both
 def test_prefill_out_of_range_is_padding_on_the_gpu(op, cuda):
     x = good_prefill(cuda)
@@ -261,6 +262,7 @@ def test_step_under_no_grad_takes_parameters(device):
         assert gsa_step(**x).shape == (2, 4, 12)
 
 
+@pytest.mark.gpu("the checks are those of the CPU")
 def test_limits_of_the_cuda_kernels(cuda):
     for name, sizes in (("k", {"K": 513}), ("v", {"V": 513}), ("g", {"M": 257})):
         x = make_inputs(1, 3, 1, **{"K": 8, "V": 8, "M": 8, **sizes}, device=cuda)
@@ -269,11 +271,13 @@ def test_limits_of_the_cuda_kernels(cuda):
         testing.check(chunk_gsa, {name: t.cpu() if isinstance(t, torch.Tensor) else t for name, t in x.items()})
 
 
+@pytest.mark.gpu("fp64 goes to the CPU's kernels")
 def test_fp64_on_cuda(cuda):
     with pytest.raises(TypeError, match=r"\bq\b.*float64.*CPU"):
         chunk_gsa(**good(cuda, dtype=torch.float64))
 
 
+@pytest.mark.gpu("devices")
 @pytest.mark.parametrize("name", ["k", "v", "s", "g", "cu_seqlens", "initial_state"])
 def test_two_devices(name, cuda):
     x = lengths(0, 6)(good(cuda))

@@ -154,6 +154,7 @@ def test_refusals():
             pass
 
 
+@pytest.mark.gpu("CUDA graphs")
 def test_a_step_that_cannot_be_recorded(cuda):
     """A sentence instead of CUDA's, and the model still works."""
     model = build("t2r", cuda)

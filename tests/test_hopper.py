@@ -14,8 +14,8 @@ BF16, FP16 = torch.bfloat16, torch.float16
 
 
 @pytest.fixture(params=["hopper", "parts", "few"])
-def hopper(request, cuda, monkeypatch):
-    if torch.cuda.get_device_capability() != (9, 0):
+def hopper(request, capability, monkeypatch):
+    if capability != (9, 0):
         pytest.skip("not a Hopper GPU")
     monkeypatch.setenv("GSA_KERNELS", request.param)
 
@@ -24,15 +24,8 @@ once = pytest.mark.parametrize("hopper", ["parts"], indirect=True)
 in_parts = pytest.mark.parametrize("hopper", ["parts", "few"], indirect=True)
 
 
-def kernels_of(f) -> set[str]:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        f()
-        torch.cuda.synchronize()
-    return {event.name for event in profile.events()}
-
-
 @once
-def test_the_environment_decides(cuda, monkeypatch):
+def test_the_environment_decides(cuda, kernels_of, monkeypatch):
     """Few heads go in parts, the scans of long sequences as products and a pass; many walk; GSA_KERNELS overrules it."""
     few, many = make_inputs(1, 64, 2, dtype=BF16, device=cuda), make_inputs(4, 64, 33, dtype=BF16, device=cuda)
     long, packed = make_inputs(1, 1024, 2, dtype=BF16, device=cuda), make_inputs(lengths=[600, 600], dtype=BF16, device=cuda)
@@ -192,7 +185,7 @@ def test_strong_gates_in_one_head_of_one_sequence(D, M, r, cuda):
 
 
 @once
-def test_wide_heads_never_walk(cuda, monkeypatch):
+def test_wide_heads_never_walk(cuda, kernels_of, monkeypatch):
     x = make_inputs(8, 64, 17, K=256, V=256, dtype=BF16, device=cuda)
     needed = ("scan_kernel", "wide_scores_kernel", "wide_values_kernel", "wide_queries_kernel", "wide_keys_kernel")
     for way in ("", "hopper", "parts", "few"):

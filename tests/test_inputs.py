@@ -88,6 +88,8 @@ def test_log_gate_floor_and_padding(dtype, count, lowest, masked, device):
     want = log_gate(other if lowest is None else other.clamp(min=lowest), 2.0)
     want = want if mask is None else want.masked_fill(~mask[:, :, None, None], 0.0)
     cotangent = torch.randn_like(want)
+    if lowest is not None:
+        cotangent[f == torch.tensor(lowest, dtype=dtype, device=device)] = 0     # of a logit at the floor itself torch 2.15's clamp makes nothing, 2.11's all
     for a, b in ((got, want), (torch.autograd.grad(got, leaf, cotangent)[0], torch.autograd.grad(want, other, cotangent)[0])):
         assert a.dtype == b.dtype and torch.equal(a, b)
     if mask is not None:

@@ -6,8 +6,12 @@ import itertools
 import pytest
 import torch
 import torch.utils.checkpoint
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from gsa_ext import chunk_gsa, fused_recurrent_gsa, gsa_step, testing
+from gsa_ext import _load, chunk_gsa, fused_recurrent_gsa, gsa_step, testing
+from gsa_ext.ops import step_of_token
 from gsa_ext.testing import make_inputs
 
 MODES = ["coupled", "given", "abc"]
@@ -124,6 +128,89 @@ def test_opcheck_step(mode, indexed, device):
     if mode == "coupled":
         opcheck(torch.ops.gsa.step, q, k, v, s, g, hk, hv, z, None, where, torch.tensor([True, False], device=device), 8.0,
                 x["q"][:, 0, 0, :6], x["q"][:, 0, 1, :6], True, True)
+
+
+class Seen(torch.Tensor):
+    seen: list = []
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.seen.append(function)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+class SeenFunctions(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        Seen.seen.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+class SeenOps(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        Seen.seen.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+@modes
+def test_short_way_to_the_step(mode, device):
+    """From Python straight into the dispatcher: bits and version counters as by torch.ops; whoever wants to see the call sees it."""
+    x = make_inputs(B=2, T=1, HQ=4, H=2, K=8, V=12, M=5, mode=mode, device=device, initial_state=True)
+    row = {name: None if x[name] is None else x[name][:, 0] for name in "qkvsg"}
+    named = x["initial_state"]
+
+    def run(call, wrap=lambda t: t):
+        state = tuple(wrap(t.clone()) for t in named)
+        return [call(row, state), *state]
+
+    def by_torch(row, state):
+        return torch.ops.gsa.step(*row.values(), *(*state, None)[:3], 1, None)
+
+    def ours(row, state):
+        return gsa_step(**row, state=state, scale=1)  # torch takes an int for a float
+
+    want = run(by_torch)
+    assert [t._version for t in want] == [t._version for t in run(ours)]
+    same(want, run(ours))
+    same(want, run(lambda row, state: _load.library().step(*row.values(), *(*state, None)[:3], 1.0, None)))
+    for others in (SeenFunctions(), SeenOps()):
+        with others:
+            Seen.seen.clear()
+            same(want, run(ours))
+            assert any("gsa" in str(f) and "step" in str(f) for f in Seen.seen)
+    Seen.seen.clear()
+    same(want, [t.as_subclass(torch.Tensor) for t in run(ours, lambda t: t.as_subclass(Seen))])
+    assert any("step" in str(f) for f in Seen.seen)
+    traced = torch.jit.trace(lambda q: gsa_step(**{**row, "q": q}, state=named, scale=1.0), row["q"], check_trace=False)
+    assert "gsa::step" in str(traced.graph)
+    with FakeTensorMode() as fake:
+        state = tuple(map(fake.from_tensor, named))
+        assert gsa_step(**{name: None if t is None else fake.from_tensor(t) for name, t in row.items()}, state=state).shape == (2, 4, 12)
+
+
+@pytest.mark.parametrize("extra", [False, True], ids=["plain", "mask, rotation"])
+def test_short_way_to_a_layers_step(extra, device):
+    x = make_inputs(B=2, T=1, HQ=4, H=2, K=8, V=12, M=5, device=device, initial_state=True)
+    q, k, v, g = (x[name] for name in "qkvg")
+    mask, turn = (torch.tensor([[True], [False]], device=device), q[:1, :, 0, :6]) if extra else (None, None)
+    states = [tuple(t.clone() for t in x["initial_state"]) for _ in range(3)]
+    first = [None if t is None else t[:, 0] for t in (mask, turn)]
+    want = torch.ops.gsa.step(q[:, 0], k[:, 0], v[:, 0], None, g[:, 0], *states[0], None, None, None, first[0], 8.0, first[1], first[1], True, False)[:, None]
+    same([want, *states[0]], [step_of_token(q, k, v, g, *states[1], None, mask, 8, turn, turn, True, False), *states[1]])
+    with SeenFunctions():
+        same([want, *states[0]], [step_of_token(q, k, v, g, *states[2], None, mask, 8, turn, turn, True, False), *states[2]])
+
+
+def test_short_way_knows_what_it_may_take(device):
+    x = make_inputs(B=2, T=1, HQ=4, H=2, K=8, V=12, M=5, device=device, initial_state=True)
+    good = [*(None if x[name] is None else x[name][:, 0] for name in "qkvsg"), *x["initial_state"], None, None, None]
+    step = _load.library().step
+    assert step(*good).shape == (2, 4, 12)
+    other = good[0].as_subclass(Seen)
+    for at, bad in ((0, other), (0, None), (0, [1.0]), (4, other), (5, other), (7, "z"), (8, "1"), (8, True), (8, 10**400), (9, other)):
+        assert step(*good[:at], bad, *good[at + 1:]) is None
+    assert step() is None and step(*good[:9]) is None and step(*good, None) is None and step(*good, None, 0.0, None, None, 0, False) is None
+    with pytest.raises(RuntimeError, match="scale"):  # torch's own way in says what is wrong
+        gsa_step(**{name: t for name, t in zip("qkvsg", good)}, state=x["initial_state"], scale="1")
 
 
 # ------------------------------------------------------------------------------------------------------------ compile, export
@@ -316,6 +403,7 @@ def test_from_many_threads(device):
 LAYOUTS = {"batch": {"B": 2, "T": 150}, "packed": {"lengths": [40, 0, 110]}}
 
 
+@pytest.mark.gpu("CUDA graphs")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @modes
@@ -349,6 +437,7 @@ def test_cuda_graph(op, mode, dtype, layout, cuda):
     same(torch.autograd.grad(want, other_leaves, cotangents), grads)
 
 
+@pytest.mark.gpu("CUDA graphs")
 @modes
 def test_cuda_graph_of_a_step(mode, cuda):
     x = make_inputs(4, 6, 4, 2, 32, 32, 16, mode=mode, device=cuda)
@@ -369,6 +458,7 @@ def test_cuda_graph_of_a_step(mode, cuda):
         same([gsa_step(**now, state=eager, state_indices=torch.tensor(where, device=cuda)), *eager], [o, *pool])
 
 
+@pytest.mark.gpu("CUDA graphs")
 @modes
 @both
 def test_cuda_graph_of_prefill(op, mode, cuda):
@@ -388,6 +478,7 @@ def test_cuda_graph_of_prefill(op, mode, cuda):
         same([op(**x, initial_state=eager)[0], *eager], [o, *pool])
 
 
+@pytest.mark.gpu("synchronisation")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @modes
 def test_no_host_synchronisation(mode, layout, cuda):
@@ -412,6 +503,7 @@ def test_no_host_synchronisation(mode, layout, cuda):
             torch.cuda.set_sync_debug_mode(before)
 
 
+@pytest.mark.gpu("streams")
 def test_any_stream(cuda):
     """Work goes to the current stream: it is done while the default stream is still busy."""
     x = make_inputs(2, 500, 8, 8, 64, 64, 32, dtype=torch.bfloat16, device=cuda)
@@ -429,6 +521,7 @@ def test_any_stream(cuda):
     torch.cuda.synchronize()
 
 
+@pytest.mark.gpu("devices")
 def test_any_device(cuda):
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU")
@@ -440,6 +533,7 @@ def test_any_device(cuda):
     assert torch.cuda.current_device() == 0
 
 
+@pytest.mark.gpu("a switch of the GPU's")
 def test_tf32_only_where_torch_allows_it(cuda):
     x = make_inputs(2, 150, 4, 4, 64, 64, 32, device=cuda)
     want = testing.results(testing.vectorised_gsa, x, double=True)
@@ -454,6 +548,7 @@ def test_tf32_only_where_torch_allows_it(cuda):
         assert testing.error(exact[name], want[name]) < 5e-6 and testing.error(fast[name], want[name]) < 3e-3, name
 
 
+@pytest.mark.gpu("memory")
 @pytest.mark.big
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_more_than_two_to_the_31_elements(dtype, cuda):
