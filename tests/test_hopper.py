@@ -32,7 +32,7 @@ def test_the_environment_decides(cuda, kernels_of, monkeypatch):
     ways = {
         "parts": {"scan_kernel", "output_kernel", "keys_kernel"},
         "few": {"products_kernel", "pass_kernel", "output_kernel", "keys_kernel"},
-        "hopper": {"forward_kernel", "fused_kernel"},
+        "hopper": {"forward_kernel", "walk_kernel", "fused_kernel"},
         "portable": {"chunk_output", "backward_keys"},
     }
 

@@ -11,7 +11,7 @@ bool hopper_takes(const Params& p);
 inline bool hopper_wide(const Params& p) { return p.K > 128; }
 // Whether the forward walk, a block of which does a whole sequence, does: one bank of slots, enough sequences times query heads for the GPU, groups not packed.
 bool hopper_walks(const Params& p);
-// Whether the backward walk (hopper_fused) does, too: each query head has keys and values of its own.
+// Whether the backward walk (hopper_walk) does, too: each query head has keys and values of its own.
 inline bool hopper_fuses(const Params& p) { return p.HQ == p.H && hopper_walks(p); }
 
 // The forward walk. boundary: the states before each chunk are written there; nullptr: not kept. p.o.ptr == nullptr: states only. images: of hopper_gates, which

@@ -1,6 +1,5 @@
-// Chunked backward for Hopper (sm_90a), where each query head has keys and values of its own and there are enough heads for the GPU: everything in one kernel, one
-// block for each sequence and head, its chunks from the last to the first, the cotangents of its states in registers; nothing but inputs, boundary states and
-// gradients in memory. (The parts that hopper.h lists do the rest: groups of query heads, few heads.) Two warpgroups have the same form, one for the keys, one for the values:
+// Chunked backward for Hopper (sm_90a), what hopper_walk.cu leaves out: sequences and heads that have a chunk of several windows. One block for each, its chunks from the
+// last to the first and in each its windows, the cotangents of the states in registers; nothing but inputs, boundary states and gradients in memory. Two warpgroups have the same form, one for the keys, one for the values:
 //
 //                            keys                                                    values
 //     A, B, H                q, k, Hk                                                d_o, v, Hv               H before the chunk
