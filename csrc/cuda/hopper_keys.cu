@@ -44,7 +44,7 @@ struct KeysShared {
   Stage stage[stages];
   E E0[BANKS][2][64 * D], S[BANKS][2][kTile];
   float outer[BANKS == 1 ? 64 * 64 : 4];
-  uint64_t full[stages], E_full;
+  uint64_t full[stages], E_full, tokens_full, step_done;
   // Of a bank, in the end.
   __device__ float* given(int bank) { return reinterpret_cast<float*>(stage) + bank * 2 * 64 * 32; }
   __device__ float* outer_of(int bank) { return BANKS == 1 ? outer : given(BANKS) + bank * 64 * 64; }
@@ -328,7 +328,7 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __gr
   constexpr int stages = KeysShared<E, D, BANKS>::stages;
   if (threadIdx.x == 0) {
     for (int i = 0; i < stages; ++i) init(m.full + i, 1);
-    init(&m.E_full, 1);
+    init(&m.E_full, 1), init(&m.tokens_full, kThreads / 2), init(&m.step_done, kThreads);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   // What a step, a side and query head, needs, on its way: tokens, and the tiles in bulk. By the second warpgroups, which have less to do.
@@ -363,15 +363,16 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __gr
   if (cut) return exact_keys<E, D, BANKS>(p, w, memory + kept(0));
   tiles(0), tiles_of_side(0);
   const int tid = threadIdx.x % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0), row = warp * 16 + frag_row(), col = half * 32 + frag_col();
-  // The two have code of their own, so all of them meet at a barrier that counts.
+  // The two have code of their own: no barrier of all threads until they are through.
   const auto begin_step = [&](int step, auto brings) {
-    if (stages == 1 && step) {
-      sync(1, kThreads);  // everybody is done with the stage
-      if (brings()) tokens(step), tiles(step);
+    if (brings()) {
+      if (step) wait(&m.step_done, (step - 1) & 1);
+      if (stages == 1 && step) tokens(step), tiles(step);
+      cp_async_wait_for<0>(), publish();
+      arrive(&m.tokens_full);
     }
-    if (brings()) cp_async_wait_for<0>(), publish();
+    wait(&m.tokens_full, step & 1);
     wait(m.full + step % stages, step / stages & 1);
-    sync(1, kThreads);  // and everybody is done with the step before
     if (brings() && step == 1) tiles_of_side(1);
     if (brings() && stages > 1 && step + 1 < 2 * r) tokens(step + 1), tiles(step + 1);
   };
@@ -409,8 +410,9 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __gr
         }
       products_wait<0>();
       hand_over(inner_all);
+      arrive(&m.step_done);
     }
-    sync(1, kThreads);  // everybody is done with the stages
+    wait(&m.step_done, 1);
     float4* const to = reinterpret_cast<float4*>(m.given(bank)) + tid;
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
@@ -419,7 +421,6 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __gr
 #pragma unroll
       for (int e = 0; e < 4; ++e) inner[t][e] = inner_all[t][e], diagonal[t][e] = diagonal_all[t][e];
     }
-    sync(1, kThreads);
   } else {
     float dx[width / 8][4], apart[BANKS == 1 ? 1 : 8][4];
     auto& outer_all = *reinterpret_cast<float (*)[8][4]>(BANKS == 1 ? dx : apart);
@@ -474,10 +475,13 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __gr
       products_wait<0>();
       hand_over(dx);
       if (h == r - 1) store_window<E>(rows_of(side ? p.dv : p.dk, c, head), dx, warp, 0, c.length, bank * width);
+      arrive(&m.step_done);
     }
-    sync(1, kThreads);
+    wait(&m.step_done, 1);
     if (BANKS > 1) put(m.outer_of(bank), outer_all, tid);
-    sync(1, kThreads);
+  }
+  __syncthreads();
+  if (half) {
     const float4* const from = reinterpret_cast<const float4*>(m.given(bank)) + tid;
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
