@@ -25,7 +25,6 @@
 //     S                  in two parts
 //     outer              with one bank, where there are no registers for it; as accumulators lie
 //     stages, at last    inner and the diagonal of the half that is given away; with two banks, outer
-#include "core/exact.cuh"
 #include "core/backward.cuh"
 #include "core/select.cuh"
 #include "hopper.h"

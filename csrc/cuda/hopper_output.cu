@@ -42,14 +42,6 @@ struct OutputShared {
 };
 static_assert(sizeof(OutputShared<bf16, 128, 1>) <= 113 * 1024 && sizeof(OutputShared<bf16, 128, 2>) <= 227 * 1024);
 
-template <int NT>
-__device__ inline void multiply(float (&x)[NT][4], const float (&y)[NT][4]) {
-#pragma unroll
-  for (int t = 0; t < NT; ++t)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) x[t][e] *= y[t][e];
-}
-
 // A chunk of several windows, whose tokens and states are on their way. Finds everything anew: what the usual way keeps in registers is its own.
 template <class E, int D, int BANKS>
 __device__ __forceinline__ void exact_output(const ForwardParams& p, char* memory, const E* boundary, int heads) {
@@ -195,11 +187,11 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void output_kernel(const __
     __syncthreads();  // and P and the sums are done with
     float o1[4][4], none[2];
     scores<E, D, true>(o1, none, m.q(), m.k(), m.Hk(bank) + half * 32, m.S[bank][0] + half * 32, m.in + own * 32, warp);
-    multiply(o1, R);
+    times(o1, R);
     softmax_of_shares(o1, static_cast<float>(p.scale) * 1.4426950408889634f, p.M, m.sums, own, warp * 16 + frag_row());  // q is done with
     if (q_head + 1 < first_head + heads) load_tokens<D, kThreads>(m.q(), rows_of(p.q, c, q_head + 1), c.length, thread);
     cp_async_commit();
-    multiply(o1, R);
+    times(o1, R);
     {
       const auto P = split<E>(o1);
       store_operand<E>(m.P[bank][0], P.hi, warp, half * 32);

@@ -17,7 +17,6 @@
 //
 // A chunk of several windows, in a branch of its own: o1, dp, tril(Yk S^T) and Yk exp(G) token by token (core/exact.cuh), Yk and Yv saved without R, and exp(G) in its
 // place for hopper_scan.cu. Shared memory: ExactQueries.
-#include "core/exact.cuh"
 #include "core/backward.cuh"
 #include "core/select.cuh"
 #include "hopper.h"
@@ -51,12 +50,13 @@ struct ExactQueries {
   float X[2][kTile], O[BANKS][kTile], a[BANKS][kTile], s[BANKS][kTile];
   union {
     struct {
-      float dp[BANKS][kTile], sum[2 * BANKS][64], dot[2 * BANKS][64];  // dot: first the diagonals of q k^T and d_o v^T
+      float dp[BANKS][kTile], diagonal[2][64];  // of q k^T and d_o v^T
     };
     struct {
       E k[64 * D], Hk[BANKS][64 * D];
     };
   };
+  __device__ RowSums<2 * BANKS>& sums() { return *reinterpret_cast<RowSums<2 * BANKS>*>(X[0]); }  // when X has been applied
 };
 template <class E, int D, int BANKS>
 constexpr int64_t queries_shared() {
@@ -109,7 +109,7 @@ __device__ __forceinline__ void exact_queries(const BackwardParams& p, char* mem
       store_R(half ? m.dp[bank] : m.O[bank], o, row, frag_col());
       if (bank == 0) {
         store_R(m.X[half], x, row, frag_col());
-        if ((lane_id() & 3) == 0) m.dot[half][row] = d[0], m.dot[half][row + 8] = d[1];
+        if ((lane_id() & 3) == 0) m.diagonal[half][row] = d[0], m.diagonal[half][row + 8] = d[1];
       }
     }
     exact_gates<E>(p, slot, head, rows_bank, m.a[rows_bank], m.s[rows_bank]);
@@ -120,42 +120,18 @@ __device__ __forceinline__ void exact_queries(const BackwardParams& p, char* mem
     __syncthreads();
     {
       Saved<E>& save = w.saved[(c.slot * p.HQ + q_head) * BANKS + bank];
-      float o[4][4], dp[4][4], s[4][4], y[4][4], dot[2];
+      float o[4][4], dp[4][4], s[4][4], y[4][4];
       load_R(o, m.O[bank], row, col);
       load_R(dp, m.dp[bank], row, col);
       load_plain(s, m.s[bank], row, col);
-      const float d[2] = {m.dot[0][row], m.dot[0][row + 8]}, b[2] = {m.dot[1][row], m.dot[1][row + 8]}, scale = static_cast<float>(p.scale);
+      const float d[2] = {m.diagonal[0][row], m.diagonal[0][row + 8]}, b[2] = {m.diagonal[1][row], m.diagonal[1][row + 8]}, scale = static_cast<float>(p.scale);
+      float valid[4][4];
 #pragma unroll
       for (int t = 0; t < 4; ++t)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) y[t][e] = fmaf(d[e >> 1], s[t][e], o[t][e]);
-      softmax_of_shares(y, scale * 1.4426950408889634f, p.M, m.sum, share, row);  // everybody has read O and the diagonals
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        dot[h] = 0.f;
-#pragma unroll
-        for (int t = 0; t < 4; ++t)
-#pragma unroll
-          for (int e = 2 * h; e < 2 * h + 2; ++e) dot[h] += y[t][e] * fmaf(b[h], s[t][e], dp[t][e]);
-        dot[h] = quad_sum(dot[h]);
-        if ((lane_id() & 3) == 0) m.dot[share][row + 8 * h] = dot[h];
-      }
-      __syncthreads();
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-#pragma unroll
-        for (int x = 1; x < 2 * BANKS; ++x) dot[h] += m.dot[share ^ x][row + 8 * h];
-        const float valid = row + 8 * h < c.length ? 1.f : 0.f;
-#pragma unroll
-        for (int t = 0; t < 4; ++t)
-#pragma unroll
-          for (int e = 2 * h; e < 2 * h + 2; ++e) {  // e in the place of o, Yk in that of dp, Yv in that of y
-            const float prob = y[t][e], cotangent = scale * prob * (fmaf(b[h], s[t][e], dp[t][e]) - dot[h]);
-            o[t][e] = fmaf(o[t][e], cotangent, prob * dp[t][e]);
-            dp[t][e] = cotangent * valid;
-            y[t][e] = prob * valid;
-          }
-      }
+        for (int e = 0; e < 4; ++e) valid[t][e] = row + (e >> 1) * 8 < c.length ? 1.f : 0.f;
+      // Everybody has read O and the diagonals when they meet.
+      cotangents(o, dp, y, s, valid, d, b, m.sums(), share, share * 32, p.M, scale, row, [] { __syncthreads(); });
       store_R(m.O[bank], dp, row, col);
       float4* const to = reinterpret_cast<float4*>(save.e) + half * 512 + tid;
 #pragma unroll
@@ -282,7 +258,12 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void queries_kernel(const _
     }
 
     float y[4][4];  // e in the place of o, Yk in that of dp, Yv in y
-    cotangents<E>(o, dp, y, R, d, b, m.S[bank][0], sums.of, own, bank * kSlots + half * 32, p.M, scale, row, [] { __syncthreads(); });
+    {
+      float s[4][4];
+      strengths(s, m.S[bank][0], R, half, row);
+      times(o, R), times(dp, R);
+      cotangents(o, dp, y, s, R, d, b, sums.of, own, bank * kSlots + half * 32, p.M, scale, row, [] { __syncthreads(); });
+    }
     __syncthreads();  // what lies in Y is done with
     store_half(m.Y[0] + bank * 2 * kTile, dp, half, warp);
     store_half(m.Y[1] + bank * 2 * kTile, y, half, warp);

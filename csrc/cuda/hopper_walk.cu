@@ -130,10 +130,12 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
       take_half(o, dp, x, m.given() + !half * 64 * 32, half, tid);
     }
     {
-      float y[4][4], d[2], b[2];
+      float y[4][4], s[4][4], d[2], b[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) d[h] = m.diagonal[0][row + 8 * h], b[h] = m.diagonal[1][row + 8 * h];
-      cotangents<E>(o, dp, y, R, d, b, m.S[turn][0], m.sums(), half, half * 32, p.M, scale, row, [] { sync(kOfQueries, 256); });
+      strengths(s, m.S[turn][0], R, half, row);
+      times(o, R), times(dp, R);
+      cotangents(o, dp, y, s, R, d, b, m.sums(), half, half * 32, p.M, scale, row, [] { sync(kOfQueries, 256); });
       sync(kOfQueries, 256);  // what lies in Y is done with
       store_half(m.Y[0][0], dp, half, warp);
       store_half(m.Y[1][0], y, half, warp);

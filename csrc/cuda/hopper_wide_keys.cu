@@ -192,11 +192,11 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_keys_kernel(const __grid
   const bool cut = image.cut, coupled = p.s.ptr == nullptr;
   float T[4][4], U[4][4], F[4][4], outer[4][4];  // F: R, or exp(G_end - G); then write strengths, of several windows exp(g)
   auto sum_of = [&](float (&sum)[4][4], const float* of_first) {
-    load_half(sum, of_first, half, tid);
+    get(sum, of_first + half * 2048, tid);
 #pragma unroll 1
     for (int h = 1; h < r; ++h) {
       float x[4][4];
-      load_half(x, of_first + h * (sizeof(WideSaved<E>) / 4), half, tid);
+      get(x, of_first + h * (sizeof(WideSaved<E>) / 4) + half * 2048, tid);
 #pragma unroll
       for (int t = 0; t < 4; ++t)
 #pragma unroll
@@ -205,7 +205,7 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_keys_kernel(const __grid
   };
   sum_of(T, saved->T);
   sum_of(U, saved->U);
-  load_half(F, image.R, half, tid);
+  get(F, image.R + half * 2048, tid);
   load_R(outer, reinterpret_cast<const float*>(m.tiles[stage]), row, col);
   const uint32_t S_row = place(S, row, frag_col()) ^ (half * 64);
 #pragma unroll

@@ -82,7 +82,7 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_scores_kernel(const __gr
   const int row = warp * 16 + frag_row(), col = half * 32 + frag_col();
   int stage = 0, free = 2;  // of the next slice; of the one two steps on
   float x[4][4], o1[4][4], R[4][4];
-  if (!cut) load_half(R, image.R, half, tid);
+  if (!cut) get(R, image.R + half * 2048, tid);
 #pragma unroll 1
   for (int step = 0; step < slices; ++step) {
     cp_async_wait_for<1>();

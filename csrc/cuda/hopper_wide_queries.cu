@@ -16,6 +16,7 @@
 //                                              of a chunk of several windows gates, X of the values, a tile of rows
 //     X                  both halves           of the keys in two parts: inner; then Yk exp(ref). Several windows: in fp32
 //     S (two parts)      bulk copy             T. Several windows: another tile of rows
+#include "core/backward.cuh"
 #include "core/wide.cuh"
 #include "hopper.h"
 
@@ -30,7 +31,8 @@ template <class E>
 struct WideQueriesShared {
   alignas(1024) E tiles[kStages * 3][kTile];
   E X[2][kTile], S[2][kTile];
-  float in[kSlots], diagonal[2][64], sums[2][64], dots[2][64];
+  float in[kSlots], diagonal[2][64];
+  RowSums<2> sums;
   uint64_t S_full;
 };
 static_assert(sizeof(WideQueriesShared<bf16>) <= 113 * 1024);
@@ -179,18 +181,11 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_queries_kernel(const __g
     hand_over(dp);
   }
 
-  const uint32_t S_row = place(m.S[0], row, frag_col()) ^ (half * 64);
   float R[4][4], s[4][4];
   float* const other = reinterpret_cast<float*>(m.S);
   if (!cut) {
-    load_half(R, image.R, half, tid);
-#pragma unroll
-    for (int t = 0; t < 4; ++t)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float2 S = both_at<E>((S_row + h * 1024) ^ (t * 16));
-        s[t][2 * h] = S.x * R[t][2 * h], s[t][2 * h + 1] = S.y * R[t][2 * h + 1];
-      }
+    get(R, image.R + half * 2048, tid);
+    strengths(s, m.S[0], R, half, row);
     times(o, R), times(dp, R);
   } else {
     exact_gates<E>(p, c.slot, head, 0, exact.a, exact.s);
@@ -215,44 +210,14 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_queries_kernel(const __g
   const float scale = static_cast<float>(p.scale);
   const float d[2] = {m.diagonal[0][row], m.diagonal[0][row + 8]}, b[2] = {m.diagonal[1][row], m.diagonal[1][row + 8]};
   {
-    float y[4][4], dot[2];
-#pragma unroll
-    for (int t = 0; t < 4; ++t)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) y[t][e] = fmaf(d[e >> 1], s[t][e], o[t][e]) * (scale * 1.4426950408889634f);
-    softmax_of_shares(y, 1.f, p.M, m.sums, half, row);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      dot[h] = 0.f;
-#pragma unroll
-      for (int t = 0; t < 4; ++t)
-#pragma unroll
-        for (int e = 2 * h; e < 2 * h + 2; ++e) dot[h] += y[t][e] * fmaf(b[h], s[t][e], dp[t][e]);
-      dot[h] = quad_sum(dot[h]);
-      if ((lane_id() & 3) == 0) m.dots[half][row + 8 * h] = dot[h];
-    }
-    __syncthreads();
-#pragma unroll
-    for (int h = 0; h < 2; ++h) dot[h] += m.dots[!half][row + 8 * h];
-#pragma unroll
-    for (int t = 0; t < 4; ++t)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const float prob = y[t][e], cotangent = scale * prob * (fmaf(b[e >> 1], s[t][e], dp[t][e]) - dot[e >> 1]);
-        o[t][e] = fmaf(o[t][e], cotangent, prob * dp[t][e]);
-        dp[t][e] = cotangent * R[t][e];
-        y[t][e] = prob * R[t][e];
-      }
+    float y[4][4];
+    cotangents(o, dp, y, s, R, d, b, m.sums, half, half * 32, p.M, scale, row, [] { __syncthreads(); });
     if (cut) {
       store_R(exact.O, dp, row, col);
       store_R(other, y, row, col);
     } else {
-      auto Y = split<E>(dp);
-      store_operand<E>(m.tiles[0], Y.hi, warp, half * 32);
-      store_operand<E>(m.tiles[1], Y.lo, warp, half * 32);
-      Y = split<E>(y);
-      store_operand<E>(m.tiles[2], Y.hi, warp, half * 32);
-      store_operand<E>(m.tiles[3], Y.lo, warp, half * 32);
+      store_half(m.tiles[0], dp, half, warp);
+      store_half(m.tiles[2], y, half, warp);
     }
   }
   publish();
@@ -313,7 +278,7 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_queries_kernel(const __g
   products_wait<1>();
   hand_over(inner);
   uint32_t Y_in[4][2];
-  const uint32_t Y_row = place(Yk, row, frag_col()) ^ (half * 64);
+  const uint32_t Y_row = place(Yk, row, frag_col()) ^ (half * 64), S_row = place(m.S[0], row, frag_col()) ^ (half * 64);
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
     const float2 in = *reinterpret_cast<const float2*>(m.in + col + t * 8);

@@ -1,7 +1,7 @@
 // What the warpgroups of backward share. The queries' half of a chunk, from o1 and dp to Y, for two warpgroups a bank: one has made o1, the other dp, of all its slots; from here on each has both
 // of 32 slots. And the end of it, from the terms of dg. For hopper_queries.cu, hopper_keys.cu and hopper_walk.cu.
 #pragma once
-#include "hopper.cuh"
+#include "exact.cuh"
 
 namespace gsa::cuda::hopper {
 
@@ -35,24 +35,34 @@ __device__ inline void take_half(float (&o)[4][4], float (&dp)[4][4], const floa
   }
 }
 
-// p = softmax(scale o1) over all shares, o1 = R o + d s, dp = R dp + b s, s = S R; then e in the place of o, Yk R in that of dp, and Yv R in y:
+// Write strengths of half of the slots, s = S R.
+template <class E>
+__device__ inline void strengths(float (&s)[4][4], const E* S, const float (&R)[4][4], int half, int row) {
+  const uint32_t S_row = place(S, row, frag_col()) ^ (half * 64);
+#pragma unroll
+  for (int t = 0; t < 4; ++t)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float2 x = both_at<E>((S_row + h * 1024) ^ (t * 16));
+      s[t][2 * h] = x.x * R[t][2 * h], s[t][2 * h + 1] = x.y * R[t][2 * h + 1];
+    }
+}
+
+// p = softmax(scale o1) over all shares, o1 = o + d s, dp + b s the cotangent of p; then e in the place of o, Yk R in that of dp, and Yv R in y:
 //     Yk = scale p (dp - <p, dp>)        Yv = p        e = o1 Yk + p dp without their diagonals
 // first: of the share's slots; M: how many there are. meet: all shares' threads.
-template <class E, int SHARES, class Meet>
-__device__ __forceinline__ void cotangents(float (&o)[4][4], float (&dp)[4][4], float (&y)[4][4], const float (&R)[4][4], const float (&d)[2], const float (&b)[2],
-                                           const E* S, RowSums<SHARES>& sums, int share, int first, int M, float scale, int row, Meet&& meet) {
-  float s[4][4], top[2], sum[2], dot[2];
-  const uint32_t S_row = place(S, row, frag_col()) ^ (first % kSlots * 2);
+template <int SHARES, class Meet>
+__device__ __forceinline__ void cotangents(float (&o)[4][4], float (&dp)[4][4], float (&y)[4][4], const float (&s)[4][4], const float (&R)[4][4],
+                                           const float (&d)[2], const float (&b)[2], RowSums<SHARES>& sums, int share, int first, int M, float scale, int row,
+                                           Meet&& meet) {
+  float top[2], sum[2], dot[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     top[h] = -INFINITY, sum[h] = dot[h] = 0.f;
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
-      const float2 S = both_at<E>((S_row + h * 1024) ^ (t * 16));
-      s[t][2 * h] = S.x * R[t][2 * h], s[t][2 * h + 1] = S.y * R[t][2 * h + 1];
 #pragma unroll
       for (int e = 2 * h; e < 2 * h + 2; ++e) {
-        o[t][e] *= R[t][e], dp[t][e] *= R[t][e];
         y[t][e] = first + t * 8 < M ? fmaf(d[h], s[t][e], o[t][e]) * (scale * 1.4426950408889634f) : -INFINITY;
         top[h] = fmaxf(top[h], y[t][e]);
       }

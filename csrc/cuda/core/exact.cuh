@@ -51,6 +51,14 @@ __device__ inline void add(float (&x)[NT][4], const float (&y)[NT][4]) {
     for (int e = 0; e < 4; ++e) x[t][e] += y[t][e];
 }
 
+template <int NT>
+__device__ inline void times(float (&x)[NT][4], const float (&y)[NT][4]) {
+#pragma unroll
+  for (int t = 0; t < NT; ++t)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) x[t][e] *= y[t][e];
+}
+
 // x of 32 slots, the share `own`, rows over all of them: exp2(c x) over its sum; slots >= M nothing. A barrier of all threads between writing and reading `sums`.
 template <int SHARES>
 __device__ inline void softmax_of_shares(float (&x)[4][4], float c, int M, float (&sums)[SHARES][64], int own, int row) {

@@ -60,20 +60,5 @@ __device__ inline void keep_lower(float (&x)[4][4], int warp, int column) {
     for (int e = 0; e < 4; ++e)
       if (i - (t * 8 + (e & 1) - (e >> 1) * 8) < least) x[t][e] = 0.f;
 }
-// Half of the slots of what lies as accumulators do, [column / 8][thread of a warpgroup][4].
-[[maybe_unused]] __device__ inline void load_half(float (&x)[4][4], const float* R, int half, int tid) {
-#pragma unroll
-  for (int t = 0; t < 4; ++t) {
-    const float4 y = reinterpret_cast<const float4*>(R)[half * 512 + t * 128 + tid];
-    x[t][0] = y.x, x[t][1] = y.y, x[t][2] = y.z, x[t][3] = y.w;
-  }
-}
-template <int NT>
-__device__ inline void times(float (&x)[NT][4], const float (&y)[NT][4]) {
-#pragma unroll
-  for (int t = 0; t < NT; ++t)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) x[t][e] *= y[t][e];
-}
 
 }  // namespace gsa::cuda::hopper
