@@ -64,8 +64,7 @@ __global__ __launch_bounds__(kThreads* BANKS, 4 / BANKS) void gates_kernel(const
     return;
   }
   if constexpr (plain) {
-    for (int k = own; k < kTile / 4; k += kThreads)
-      reinterpret_cast<float4*>(image.R)[k] = *reinterpret_cast<const float4*>(m.R + R_at(k / 16, k % 16 * 4));
+    for (int k = own; k < kTile / 4; k += kThreads) reinterpret_cast<float4*>(image.R)[k] = *reinterpret_cast<const float4*>(m.R + R_at(k / 16, k % 16 * 4));
     if (own == 0) bulk_wait();
     return;
   }

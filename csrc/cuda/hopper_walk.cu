@@ -42,8 +42,8 @@ template <class E, int D>
 struct WalkShared {
   E A[2][64 * D], B[2][64 * D], H[2][64 * D];
   E E0[2][64 * D], E1[64 * D];  // rounded; of the values, what rounding dropped
-  E Y[2][2][kTile];             // [keys, values][part]
-  E S[2][2][kTile];             // [turn][part]
+  E Y[2][2][kTile];  // [keys, values][part]
+  E S[2][2][kTile];  // [turn][part]
   float outer[kTile];
   float spare[D == 64 ? kTile + kTile / 2 : 4];
   struct {
@@ -77,8 +77,8 @@ __device__ inline T& anew(T& x) {
 
 // Queries 0 and 1.
 template <class E, int D>
-__device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared<E, D>& shared, const E* boundary, const GateImage<E>* images, int chunks, int first_slot,
-                                             int head, const int half) {
+__device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared<E, D>& shared, const E* boundary, const GateImage<E>* images, int chunks,
+                                             int first_slot, int head, const int half) {
   auto load_H = [&](int i) {
     if (i >= 0) load_state<D, 128>(shared.H[half], boundary + (int64_t(first_slot + i) * p.H + head) * 2 * D * p.M + half * D * p.M, p.M, threadIdx.x % 128);
     cp_async_commit();
@@ -243,7 +243,8 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
       const bool coupled = p.s.ptr == nullptr;
       auto& m = anew(shared);
       const int tid = kept(threadIdx.x) % 128, row = tid / 32 * 16 + frag_row();
-      const float4 *const e = reinterpret_cast<const float4*>(m.e()) + half * 512 + tid, *const outer = reinterpret_cast<const float4*>(m.outer) + half * 512 + tid;
+      const float4 *const e = reinterpret_cast<const float4*>(m.e()) + half * 512 + tid, *const outer =
+                                                                                             reinterpret_cast<const float4*>(m.outer) + half * 512 + tid;
       const uint32_t S_row = place(m.S[turn][0], row, frag_col()) ^ (half * 64), Y_row = place(m.Y[0][0], row, frag_col()) ^ (half * 64);
       const float d[2] = {m.diagonal[0][row], m.diagonal[0][row + 8]}, b[2] = {m.diagonal[1][row], m.diagonal[1][row + 8]};
 #pragma unroll
@@ -253,7 +254,8 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
         for (int h = 0; h < 2; ++h) {
           const float2 S = both_at<E>((S_row + h * 1024) ^ (t * 16)), Yk = both_at<E>((Y_row + h * 1024) ^ (t * 16));
           const float2 Yv = both_at<E>(((Y_row + h * 1024) ^ (t * 16)) + 4 * kTile);
-          const float2 R = h ? make_float2(Rs[t].z, Rs[t].w) : make_float2(Rs[t].x, Rs[t].y), out = h ? make_float2(from.z, from.w) : make_float2(from.x, from.y);
+          const float2 R = h ? make_float2(Rs[t].z, Rs[t].w) : make_float2(Rs[t].x, Rs[t].y),
+                       out = h ? make_float2(from.z, from.w) : make_float2(from.x, from.y);
           const float2 term = h ? make_float2(before.z, before.w) : make_float2(before.x, before.y);
 #pragma unroll
           for (int x = 0; x < 2; ++x) {
@@ -276,7 +278,8 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
       const int warp = __shfl_sync(0xffffffffu, kept(threadIdx.x) % 128 / 32, 0);
       const int col = half * 32 + frag_col();
       store_gate_gradients(
-          p, [&] { return m.chunk(p, i); }, head, 0, half, T, F, inner, m.Y[half][0], 4 + half, warp, [&](int t, int e) { return m.edge[0][col + t * 8 + e] + m.edge[1][col + t * 8 + e]; },
+          p, [&] { return m.chunk(p, i); }, head, 0, half, T, F, inner, m.Y[half][0], 4 + half, warp,
+          [&](int t, int e) { return m.edge[0][col + t * 8 + e] + m.edge[1][col + t * 8 + e]; },
           [&](int j, int t, int k) { return j == 0 && m.factors[turn].start[col + t * 8 + (k & 1)] == 0.f; });
     }
     S_parity ^= turn, turn ^= 1;
