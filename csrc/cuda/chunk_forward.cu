@@ -145,14 +145,15 @@ States forward_states(const Params& p, void* hkT, void* hvT, bool recompute) {
 namespace {
 
 // The parts for Hopper read and write a pool's rows themselves. The others know none: what they start from and leave is beside it. In the walk every query head of a
-// group starts from it by itself, so with groups what is written is apart from what is read.
+// group starts from it by itself, and not the block that starts with it may be the one that leaves it: there what is written is apart from what is read.
 struct Beside {
   float *hk, *hv, *hkT, *hvT;
   static bool needed(const Params& p) { return p.state_indices && (hopper_walks(p) || hopper_wide(p)); }
-  static int64_t floats(const Params& p) { return needed(p) ? p.N * p.H * (p.K + p.V) * p.M * (p.HQ > p.H ? 2 : 1) : 0; }
+  static bool apart(const Params& p) { return p.HQ > p.H || hopper_segments(p).count > 1; }
+  static int64_t floats(const Params& p) { return needed(p) ? p.N * p.H * (p.K + p.V) * p.M * (apart(p) ? 2 : 1) : 0; }
   explicit Beside(const Params& p) : hk(static_cast<float*>(p.workspace)), hv(hk + p.N * p.H * p.K * p.M), hkT(hk), hvT(hv) {
     const int64_t size = p.N * p.H * (p.K + p.V) * p.M;
-    if (p.HQ > p.H) hkT += size, hvT += size;
+    if (apart(p)) hkT += size, hvT += size;
   }
 };
 
@@ -160,11 +161,12 @@ struct Beside {
 // which may find them kept.
 struct HopperPlan {
   bool walks, images, few;
-  int64_t cut, states, products, bytes;   // offsets; the images are at 0
+  int64_t cut, starts, states, products, bytes;   // offsets; the images are at 0
   explicit HopperPlan(const Params& p) : walks(hopper_walks(p)), images(!hopper_fuses(p)), few(images && (!walks || p.boundary) && hopper_few(p)) {
     const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, chunk_length(p.q.dtype, p.math, p.M));
     cut = images ? arena(hopper_gates_bytes(p), 1) : 0;
-    states = cut + (images && walks ? arena(p.N * p.H, 4) : 0);
+    starts = cut + (images && walks ? arena(p.N * p.H * hopper_segments(p).count, 4) : 0);
+    states = starts + arena(hopper_starts_floats(p), 4);
     products = states + (walks || p.boundary ? 0 : arena(slots * p.H * (p.K + p.V) * p.M, 2));
     bytes = products + (few ? arena(hopper_products_bytes(p), 1) : hopper_wide(p) ? arena(hopper_wide_scores_bytes(p), 1) : 0);
   }
@@ -186,7 +188,9 @@ void forward_for_hopper(const ForwardParams& p) {
     static_cast<Params&>(states_only) = p;
     hopper_states(states_only, images, p.boundary, products);
   }
-  hopper_forward(p, nullptr, images, reinterpret_cast<int*>(images + at.cut));
+  float* const starts = hopper_segments(p).count > 1 ? reinterpret_cast<float*>(images + at.starts) : nullptr;
+  if (starts) hopper_starts(p, images, starts);
+  hopper_forward(p, nullptr, images, reinterpret_cast<int*>(images + at.cut), starts);
 }
 
 }  // namespace

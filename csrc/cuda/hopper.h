@@ -9,14 +9,28 @@ namespace gsa::cuda {
 bool hopper_takes(const Params& p);
 // Of what they take: heads of more than 128 dimensions, which never walk and whose chunks are streamed over (hopper_wide_*.cu).
 inline bool hopper_wide(const Params& p) { return p.K > 128; }
-// Whether the forward walk, a block of which does a whole sequence, does: one bank of slots, enough sequences times query heads for the GPU, groups not packed.
-bool hopper_walks(const Params& p);
-// Whether the backward walk (hopper_walk) does, too: each query head has keys and values of its own.
-inline bool hopper_fuses(const Params& p) { return p.HQ == p.H && hopper_walks(p); }
+// The forward walk: a block does a sequence and query head, or with few of them one of several segments. What the states are at the beginning of each but the first
+// is found by scans of `chunks` chunks each, beside each other, of which each segment has `scans`.
+struct Segments {
+  int count = 0, scans = 1, chunks = 0;  // count: of each sequence; 0: it does not walk
+  __host__ __device__ int before() const { return (count - 1) * scans; }  // the last segment
+};
+// One bank of slots; sequences, not packed where there are groups, for enough blocks.
+Segments hopper_segments(const Params& p);
+inline bool hopper_walks(const Params& p) { return hopper_segments(p).count > 0; }
+// Whether the backward walk (hopper_walk) does, too: each query head has keys and values of its own, and there are enough of them.
+inline bool hopper_fuses(const Params& p) { return p.HQ == p.H && hopper_segments(p).count == 1; }
 
-// The forward walk. boundary: the states before each chunk are written there; nullptr: not kept. p.o.ptr == nullptr: states only. images: of hopper_gates, which
-// take less time than making the same gates for every query head; with them `cut`, room for [N, H] numbers. nullptr: made here.
-void hopper_forward(const ForwardParams& p, void* boundary, const void* images = nullptr, int* cut = nullptr);
+// boundary: the states before each chunk are written there; nullptr: not kept. p.o.ptr == nullptr: states only. images: of hopper_gates, which take less time than
+// making the same gates for every query head; with them `cut`, room for [N, segments, H] numbers. nullptr: made here. starts: of hopper_starts, where there are several
+// segments.
+void hopper_forward(const ForwardParams& p, void* boundary, const void* images = nullptr, int* cut = nullptr, const float* starts = nullptr);
+// After hopper_gates: the states at the beginning of each segment but the first, in room for hopper_starts_floats.
+void hopper_starts(const ForwardParams& p, const void* images, float* starts);
+inline int64_t hopper_starts_floats(const Params& p) {
+  const Segments s = hopper_segments(p);
+  return s.count > 1 ? p.N * s.before() * p.H * (int64_t(p.K + p.V) * p.M + 64) : 0;
+}
 
 // The same without o where each query head has keys and values of its own: the boundary states, and images as hopper_gates makes them for hopper_walk.
 void hopper_forward_states(const ForwardParams& p, void* boundary, void* images);

@@ -9,6 +9,7 @@
 // X and A2 are operands in two parts (16 + 16 bits), S too: what is rounded to 16 bits is the states as operands, and P in front of them. Query heads of a group have
 // a block each and share k, v and g through the cache; the first of them writes the states. Making a window takes longer than using it: for a group the windows are
 // made once, by hopper_gates.cu, and one warpgroup brings them (`images`), another the tokens; sequences and heads with a chunk of several are left to a second launch.
+// With few sequences and heads a block has a segment of a sequence, begins with the state that hopper_scan.cu has found for it, and is otherwise none the wiser.
 //
 //     shared memory        written by        read by           barriers (full / empty)
 //     tokens[2]: q, k, v   keys; values      the same          the warpgroup's own; with images tokens_full / keys_free, values_free
@@ -52,7 +53,7 @@ struct Turn {
 // The keys' warpgroup, or the values'.
 template <class E, int D, bool images, bool leaves, bool values>
 __device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary, ForwardShared<E, D, images>& m, Chunk c, int64_t n, int64_t head,
-                                             int64_t q_head) {
+                                             int64_t q_head, const float* start) {
   const int tid = threadIdx.x % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0);
   const bool outputs = !leaves && p.o.ptr != nullptr, owner = q_head % (p.HQ / p.H) == 0;
   const int64_t chunks = c.seq.chunks;
@@ -61,6 +62,7 @@ __device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary
   {
     const float* in = static_cast<const float*>(values ? p.hv0 : p.hk0);
     if (in) in += ((p.h0_broadcast ? 0 : n * p.H) + head) * D * p.M;
+    if (start) in = start + values * D * p.M;
     load_registers(H, in, values, D, p.M, warp);
   }
   E* tile = m.H[values];
@@ -158,18 +160,21 @@ __device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary
     tokens.next();
   }
   if (float* out = static_cast<float*>(values ? p.hvT : p.hkT))
-    if (owner) store_registers(out + (n * p.H + head) * D * p.M, H, values, D, p.M, warp);
+    if (owner && (p.cu_seqlens || c.seq.end == p.T)) store_registers(out + (n * p.H + head) * D * p.M, H, values, D, p.M, warp);
 }
 
 // images: nullptr, or those of hopper_gates.cu, and `cut` is written; else what is not cut is left out, if there is a `cut`. leaves: the windows that are whole chunks
 // are left in gate_images.
 template <class E, int D, bool images, bool leaves>
-__global__ __launch_bounds__(512, 1) void forward_kernel(const __grid_constant__ ForwardParams p, E* boundary, GateImage<E>* gate_images, int* cut) {
+__global__ __launch_bounds__(512, 1) void forward_kernel(const __grid_constant__ ForwardParams p, E* boundary, GateImage<E>* gate_images, int* cut,
+                                                         const __grid_constant__ Segments segments, const float* starts) {
 #if GSA_HOPPER
   extern __shared__ __align__(1024) char memory[];
   auto& m = *reinterpret_cast<ForwardShared<E, D, images>*>(memory);
-  const int64_t q_head = blockIdx.x % p.HQ, n = longest_first(p, blockIdx.x / p.HQ, m.found), head = q_head / (p.HQ / p.H);
-  if (!images && cut && !cut[n * p.H + head]) return;
+  const int64_t q_head = blockIdx.x % p.HQ, item = longest_first(p, blockIdx.x / p.HQ, m.found), head = q_head / (p.HQ / p.H);
+  if (!images && cut && !cut[item * p.H + head]) return;
+  const int segment = leaves ? 0 : static_cast<uint32_t>(item) % static_cast<uint32_t>(segments.count);
+  const int64_t n = leaves ? item : static_cast<uint32_t>(item) / static_cast<uint32_t>(segments.count);
   const int role = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), tid = threadIdx.x % 128;
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2; ++i) {
@@ -182,13 +187,18 @@ __global__ __launch_bounds__(512, 1) void forward_kernel(const __grid_constant__
   __syncthreads();
   Chunk c;
   c.seq = sequence<false>(p, n, kChunk);
+  const float* start = nullptr;
+  if (!leaves && segments.count > 1) {
+    c.seq = part(c.seq, segment, segments.scans * segments.chunks, kChunk);
+    if (segment) start = starts + ((n * segments.before() + segment * segments.scans - 1) * p.H + head) * start_floats(p);
+  }
   const int64_t chunks = c.seq.chunks;
   if constexpr (images) {
     const GateImage<E>* image = gate_images + c.seq.slot * p.H + head;
     bool several = false;
     for (int64_t i = threadIdx.x; i < chunks; i += 512) several |= image[i * p.H].cut != 0;
     several = __syncthreads_or(several);
-    if (threadIdx.x == 0 && q_head % (p.HQ / p.H) == 0) cut[n * p.H + head] = several;
+    if (threadIdx.x == 0 && q_head % (p.HQ / p.H) == 0) cut[item * p.H + head] = several;
     if (several) return;
     if (role == 0) {  // windows
       give_registers<24>();
@@ -259,10 +269,12 @@ __global__ __launch_bounds__(512, 1) void forward_kernel(const __grid_constant__
     return;
   }
   take_registers<images ? 216 : leaves ? 136 : 168>();
-  if (role == 1) forward_half<E, D, images, leaves, false>(p, boundary, m, c, n, head, q_head);
-  else forward_half<E, D, images, leaves, true>(p, boundary, m, c, n, head, q_head);
+  if (role == 1) forward_half<E, D, images, leaves, false>(p, boundary, m, c, n, head, q_head, start);
+  else forward_half<E, D, images, leaves, true>(p, boundary, m, c, n, head, q_head, start);
 #endif
 }
+
+constexpr int64_t kLeastChunks = 4;  // of a segment: fewer are over before what comes before them pays
 
 bool aligned(const View& x) { return ((reinterpret_cast<uintptr_t>(x.ptr) | x.batch * 2 | x.token * 2 | x.head * 2) & 15) == 0; }
 
@@ -282,19 +294,29 @@ bool hopper_takes(const Params& p) {
   return aligned(p.q) && aligned(p.k) && aligned(p.v) && pairs(p, p.g) && pairs(p, p.s);
 }
 
-// With few blocks the parts, which cut a sequence into chunks, use more of the GPU; and with lengths that nobody here knows, a few of which may be long. Where a query
-// head has its own keys and values that is less than what they read and write more.
-bool hopper_walks(const Params& p) {
+// A walk needs a block for most multiprocessors: sequences times query heads, or segments of them. The parts, which cut a sequence into chunks, use more of the GPU where
+// there are neither enough heads nor chunks; and with lengths that nobody here knows, a few of which may be long. Where a query head has its own keys and values that is
+// less than what they read and write more.
+Segments hopper_segments(const Params& p) {
   const Kernels wanted = wanted_kernels();
-  if (!hopper_takes(p) || hopper_wide(p) || p.M > kSlots || wanted == Kernels::parts || wanted == Kernels::few) return false;
-  const int64_t blocks = p.N * p.HQ, at_once = hopper_multiprocessors();
-  return wanted == Kernels::hopper || (blocks * 10 >= ceil_div(blocks, at_once) * at_once * 7 && !(p.cu_seqlens && p.HQ > p.H));
+  if (!hopper_takes(p) || hopper_wide(p) || p.M > kSlots || wanted == Kernels::parts || wanted == Kernels::few) return {};
+  const int64_t blocks = p.N * p.HQ, at_once = hopper_multiprocessors(), chunks = ceil_div(p.T, kChunk);
+  const bool enough = blocks * 10 >= ceil_div(blocks, at_once) * at_once * 7 && !(p.cu_seqlens && p.HQ > p.H);
+  if (wanted == Kernels::hopper || (enough && wanted != Kernels::segments)) return {1};
+  // As many segments as there is room for beside each other, and for what is before them as many scans, two blocks to a multiprocessor.
+  int64_t count = wanted == Kernels::segments ? 3 : at_once / max(blocks, int64_t(1)), scans = 2;
+  if (p.cu_seqlens || count < 2 || (wanted != Kernels::segments && chunks < kLeastChunks * count)) return {};
+  if (wanted != Kernels::segments) scans = min(max(2 * at_once / ((count - 1) * p.N * p.H * 2 * (p.K / 64)), int64_t(1)), int64_t(4));
+  const int64_t each = ceil_div(chunks, count * scans);
+  return {static_cast<int>(ceil_div(chunks, each * scans)), static_cast<int>(scans), static_cast<int>(each)};
 }
-void hopper_forward(const ForwardParams& p, void* boundary, const void* images, int* cut) {
+
+void hopper_forward(const ForwardParams& p, void* boundary, const void* images, int* cut, const float* starts) {
+  const Segments segments = hopper_segments(p);
   select_hopper(p, [&]<class E, int D>() {
     auto run = [&]<bool brought>() {
-      launch("hopper_forward", forward_kernel<E, D, brought, false>, p.N * p.HQ, 512, sizeof(ForwardShared<E, D, brought>), p.stream, p,
-             static_cast<E*>(boundary), static_cast<GateImage<E>*>(const_cast<void*>(images)), cut);
+      launch("hopper_forward", forward_kernel<E, D, brought, false>, p.N * segments.count * p.HQ, 512, sizeof(ForwardShared<E, D, brought>), p.stream, p,
+             static_cast<E*>(boundary), static_cast<GateImage<E>*>(const_cast<void*>(images)), cut, segments, starts);
     };
     if (images) run.template operator()<true>();
     run.template operator()<false>();
@@ -304,7 +326,7 @@ void hopper_forward(const ForwardParams& p, void* boundary, const void* images, 
 void hopper_forward_states(const ForwardParams& p, void* boundary, void* images) {
   select_hopper(p, [&]<class E, int D>() {
     launch("hopper_forward", forward_kernel<E, D, false, true>, p.N * p.HQ, 512, sizeof(ForwardShared<E, D, false>), p.stream, p, static_cast<E*>(boundary),
-           static_cast<GateImage<E>*>(images), static_cast<int*>(nullptr));
+           static_cast<GateImage<E>*>(images), static_cast<int*>(nullptr), Segments{1}, static_cast<const float*>(nullptr));
   });
 }
 

@@ -79,6 +79,15 @@ __device__ inline Sequence sequence(const Params& p, int64_t n, int C) {
   return s;
 }
 
+// The i-th of several segments of `chunks` chunks each, a sequence of its own.
+__device__ inline Sequence part(Sequence s, int64_t i, int64_t chunks, int C) {
+  s.slot += i * chunks;
+  s.chunks = max(min(s.chunks - i * chunks, chunks), int64_t(0));
+  s.begin += i * chunks * C;
+  s.end = min(s.end, s.begin + chunks * C);
+  return s;
+}
+
 // The chunk of a boundary slot. False for slots that belong to none.
 struct Chunk {
   Sequence seq;

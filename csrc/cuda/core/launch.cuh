@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include "../../params.h"
 
@@ -36,13 +37,17 @@ inline int shared_memory() {
   return bytes;
 }
 
-// Which of the chunk kernels run: GSA_KERNELS=portable, =hopper (walks, where there is one), =parts (for Hopper, never a walk; the scans over chunks in one kernel) or
-// =few (the same, the scans in two: hopper_few.cu) in the environment, for tests and measurements; else whichever is the fastest.
-enum class Kernels { automatic, portable, hopper, parts, few };
+// Which of the chunk kernels run: GSA_KERNELS=portable, =hopper (walks, where there is one), =segments (forward walks of several segments of a sequence), =parts (for
+// Hopper, never a walk; the scans over chunks in one kernel) or =few (the same, the scans in two: hopper_few.cu) in the environment, for tests and measurements; else
+// whichever is the fastest.
+enum class Kernels { automatic, portable, hopper, segments, parts, few };
 inline Kernels wanted_kernels() {
   const char* name = std::getenv("GSA_KERNELS");
   const std::string_view x = name ? name : "";
-  return x == "portable" ? Kernels::portable : x == "hopper" ? Kernels::hopper : x == "parts" ? Kernels::parts : x == "few" ? Kernels::few : Kernels::automatic;
+  for (const auto& [kernels, called] : {std::pair(Kernels::portable, "portable"), std::pair(Kernels::hopper, "hopper"), std::pair(Kernels::segments, "segments"),
+                                        std::pair(Kernels::parts, "parts"), std::pair(Kernels::few, "few")})
+    if (x == called) return kernels;
+  return Kernels::automatic;
 }
 
 // Multiprocessors of the current device, if it runs code for sm_90a and this build has any; else 0.
