@@ -53,7 +53,7 @@ struct Turn {
 // The keys' warpgroup, or the values'.
 template <class E, int D, bool images, bool leaves, bool values>
 __device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary, ForwardShared<E, D, images>& m, Chunk c, int64_t n, int64_t head,
-                                             int64_t q_head, const float* start) {
+                                             int64_t q_head, const float* start, GateImage<E>* gate_images) {
   const int tid = threadIdx.x % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0);
   const bool outputs = !leaves && p.o.ptr != nullptr, owner = q_head % (p.HQ / p.H) == 0;
   const int64_t chunks = c.seq.chunks;
@@ -99,6 +99,12 @@ __device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary
       const auto& w = m.windows[window.i];
       if constexpr (images) last = true;
       else last = w.last;
+      const bool stores_S = leaves && !values && tid == 0;
+      if constexpr (leaves)
+        if (stores_S && w.begin == 0 && last) {
+          bulk_store(gate_images[c.slot * p.H + head].S, w.S, sizeof(w.S));
+          bulk_commit();
+        }
       if (!values && outputs) {
         float o[8][4], d[2];
         scores<E, D, true>(o, d, m.q[tokens.i], x, tile, w.S[0], w.in, warp);
@@ -150,6 +156,7 @@ __device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary
       products_wait<0>();
       hand_over(H);
       scale_rows(H, w.out[row], w.out[row + 8]);
+      if (stores_S) bulk_wait();
       sync(own, 128);  // every warp is done with the tile
       if (kept(tid) >= 0) arrive(m.window_free + window.i);  // always; without a branch in this place the compiler spills three times as much
       store_transposed<E>(tile, H, warp);
@@ -233,15 +240,25 @@ __global__ __launch_bounds__(512, 1) void forward_kernel(const __grid_constant__
     give_registers<leaves ? 120 : 88>();
     GateMaker<E, 8, true> gates(m.scratch, role ? 128 + tid : tid, 1);
     Turn turn;
+    typename GateMaker<E, 8, true>::Ahead ahead;  // where there are registers for it
+    auto later = [&](int64_t i, auto&& f) {
+      if (i >= chunks) return;
+      c.select(p, i, kChunk);
+      f();
+    };
+    if (leaves) later(0, [&] { gates.fetch(ahead, p, c, head); });
     for (int64_t i = 0; i < chunks; ++i) {
-      if (i + 1 < chunks) {
-        c.select(p, i + 1, kChunk);
-        gates.prefetch(p, c, head);
-      }
+      later(i + 1 + leaves, [&] { gates.prefetch(p, c, head); });
       c.select(p, i, kChunk);
       uint64_t starts = 0;
       for (int begin = 0; begin < c.length;) {
-        gates.load(p, c, head);
+        if (leaves && !starts) {
+          gates.load(p, c, head, &ahead);
+          later(i + 1, [&] { gates.fetch(ahead, p, c, head); });
+          c.select(p, i, kChunk);
+        } else {
+          gates.load(p, c, head);
+        }
         const uint64_t later = begin == 63 ? 0 : starts & ~((2ull << begin) - 1);
         const int end = later ? __ffsll(later) - 1 : c.length;
         float before[2], total[2];
@@ -269,8 +286,8 @@ __global__ __launch_bounds__(512, 1) void forward_kernel(const __grid_constant__
     return;
   }
   take_registers<images ? 216 : leaves ? 136 : 168>();
-  if (role == 1) forward_half<E, D, images, leaves, false>(p, boundary, m, c, n, head, q_head, start);
-  else forward_half<E, D, images, leaves, true>(p, boundary, m, c, n, head, q_head, start);
+  if (role == 1) forward_half<E, D, images, leaves, false>(p, boundary, m, c, n, head, q_head, start, gate_images);
+  else forward_half<E, D, images, leaves, true>(p, boundary, m, c, n, head, q_head, start, gate_images);
 #endif
 }
 

@@ -64,8 +64,11 @@ __global__ __launch_bounds__(kThreads* BANKS, 4 / BANKS) void gates_kernel(const
     return;
   }
   if constexpr (plain) {
-    for (int k = own; k < kTile / 4; k += kThreads) reinterpret_cast<float4*>(image.R)[k] = *reinterpret_cast<const float4*>(m.R + R_at(k / 16, k % 16 * 4));
-    if (own == 0) bulk_wait();
+    if (own == 0) {
+      bulk_store(image.R, m.R, sizeof(m.R));
+      bulk_commit();
+      bulk_wait();
+    }
     return;
   }
   const int tid = own % 128, row = tid / 32 * 16 + frag_row(), half = own / 128;

@@ -25,7 +25,7 @@
 //     shared memory               written by          read by              barriers (full / free)
 //     A, B [side]                 keys; values        all                  tokens_full / tokens_free and the warpgroup's own
 //     H [side]                    queries             all                  H_full / keys_ready; then e (kOfQueries), half of inner (inner_full / Hk_free)
-//     S, start, in, out [turn]    bulk copy           all                  S_full / kOfQueries, done
+//     gates (S, R, factors)       bulk copy           all                  gates_full / kOfQueries, done
 //     E [side]                    its side            its side             the warpgroup's own
 //     Y                           queries             all                  Y_full / done; before it what the queries exchange, after it the terms of dg
 //     outer, edge                 keys and values     queries              keys_ready / outer_free, H_full
@@ -43,14 +43,11 @@ struct WalkShared {
   E A[2][64 * D], B[2][64 * D], H[2][64 * D];
   E E0[2][64 * D], E1[64 * D];  // rounded; of the values, what rounding dropped
   E Y[2][2][kTile];  // [keys, values][part]
-  E S[2][2][kTile];  // [turn][part]
+  GateImage<E> gates;
   float outer[kTile];
   float spare[D == 64 ? kTile + kTile / 2 : 4];
-  struct {
-    float start[kSlots], in[kSlots], out[kSlots];  // as in GateImage
-  } factors[2];
   float edge[2][kSlots], diagonal[2][64];  // exp(G_end) <H, dH>; of q k^T, of d_o v^T
-  uint64_t S_full[2], tokens_full, tokens_free, H_full, Y_full, keys_ready, outer_free, done, Hk_free, inner_full;
+  uint64_t gates_full, tokens_full, tokens_free, H_full, Y_full, keys_ready, outer_free, done, Hk_free, inner_full;
   int found;
   Sequence sequence;
   __device__ Chunk chunk(const Params& p, int i) const {
@@ -65,7 +62,8 @@ struct WalkShared {
   __device__ float* e() { return D == 64 ? spare : reinterpret_cast<float*>(H[1]); }
   __device__ float* inner() { return D == 64 ? spare + kTile : reinterpret_cast<float*>(H[0]); }
 };
-static_assert(sizeof(WalkShared<bf16, 128>) <= 227 * 1024);
+using LargestWalk = WalkShared<bf16, 128>;
+static_assert(sizeof(LargestWalk) <= 227 * 1024 && offsetof(LargestWalk, gates) % 1024 == 0);
 
 // Addresses are made where they are used: there are no registers to keep them in.
 template <class T>
@@ -83,49 +81,41 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
     if (i >= 0) load_state<D, 128>(shared.H[half], boundary + (int64_t(first_slot + i) * p.H + head) * 2 * D * p.M + half * D * p.M, p.M, threadIdx.x % 128);
     cp_async_commit();
   };
-  auto load_S = [&](int i, int turn) {
+  constexpr uint32_t gate_bytes = offsetof(GateImage<E>, cut);
+  auto load_gates = [&](int i) {
     if (i < 0 || threadIdx.x) return;
     auto& m = anew(shared);
-    const GateImage<E>& image = images[int64_t(first_slot + i) * p.H + head];
-    arrive_expecting(m.S_full + turn, sizeof(m.S[0]) + sizeof(m.factors[0]));
-    bulk_load(m.S[turn], image.S, sizeof(m.S[0]), m.S_full + turn);
-    bulk_load(m.factors + turn, image.start, sizeof(m.factors[0]), m.S_full + turn);
+    arrive_expecting(&m.gates_full, gate_bytes);
+    bulk_load(&m.gates, images + int64_t(first_slot + i) * p.H + head, gate_bytes, &m.gates_full);
   };
   auto prefetch = [&](int i) {  // as far as the L2
-    if (i < 0) return;
-    const int tid = kept(threadIdx.x);
+    if (i < 0 || threadIdx.x) return;
     const int64_t at = int64_t(first_slot + i) * p.H + head;
-    if (tid < 128) prefetch_line(images[at].R + tid * 32);
-    if (tid * 64 < 2 * D * p.M) prefetch_line(boundary + at * 2 * D * p.M + tid * 64);
+    bulk_prefetch(images + at, gate_bytes);
+    bulk_prefetch(boundary + at * 2 * D * p.M, 4 * D * p.M);
   };
   load_H(chunks - 1);
-  load_S(chunks - 1, 0);
-  uint32_t turn = 0, S_parity = 0;  // turn: of the chunk, and the parity of what is used once a chunk
+  load_gates(chunks - 1);
+  uint32_t turn = 0;  // of the chunk, the parity of its barriers
 #pragma unroll 1
   for (int i = chunks - 1; i >= 0; --i) {
     auto& m = anew(shared);
     const int tid = kept(threadIdx.x) % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0), row = warp * 16 + frag_row();
     const float scale = static_cast<float>(p.scale);
-    const float2* const R_image = reinterpret_cast<const float2*>(images[int64_t(first_slot + i) * p.H + head].R + row * 64 + half * 32 + frag_col());
     float o[4][4], dp[4][4], R[4][4];  // o1, then e; dp, then Yk
     prefetch(i - 1);
     {
       cp_async_wait_for<0>();
       publish();
       arrive(&m.H_full);
-      wait(m.S_full + turn, S_parity);
+      wait(&m.gates_full, turn);
       wait(&m.tokens_full, turn);
       wait(&m.H_full, turn);
       float x[8][4], other[2];
-      scores<E, D, false>(x, other, m.A[half], m.B[half], m.H[half], m.S[turn][0], m.factors[turn].in, warp, m.diagonal[half]);
+      scores<E, D, false>(x, other, m.A[half], m.B[half], m.H[half], m.gates.S[0], m.gates.in, warp, m.diagonal[half]);
       sync(kOfQueries, 256);  // the terms of dg are done with, and so is all of the chunk before
-      load_S(i - 1, turn ^ 1);
       give_half(m.given() + half * 64 * 32, x, half, tid);
-#pragma unroll
-      for (int t = 0; t < 4; ++t) {
-        const float2 top = R_image[t * 4], bottom = R_image[t * 4 + 8 * 32];
-        R[t][0] = top.x, R[t][1] = top.y, R[t][2] = bottom.x, R[t][3] = bottom.y;
-      }
+      get_R(R, m.gates.R, row, half);
       sync(kOfQueries, 256);
       take_half(o, dp, x, m.given() + !half * 64 * 32, half, tid);
     }
@@ -133,7 +123,7 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
       float y[4][4], s[4][4], d[2], b[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) d[h] = m.diagonal[0][row + 8 * h], b[h] = m.diagonal[1][row + 8 * h];
-      strengths(s, m.S[turn][0], R, half, row);
+      strengths(s, m.gates.S[0], R, half, row);
       times(o, R), times(dp, R);
       cotangents(o, dp, y, s, R, d, b, m.sums(), half, half * 32, p.M, scale, row, [] { sync(kOfQueries, 256); });
       sync(kOfQueries, 256);  // what lies in Y is done with
@@ -150,27 +140,17 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
     }
     wait(&m.Y_full, turn);
     float inner[4][4];
-    float4 Rs[4];
-    auto bring_R = [&] {  // before a barrier: on its way meanwhile
-      const int tid = kept(threadIdx.x) % 128, row = tid / 32 * 16 + frag_row();
-      const float2* const R_image = reinterpret_cast<const float2*>(images[int64_t(first_slot + i) * p.H + head].R + row * 64 + half * 32 + frag_col());
-#pragma unroll
-      for (int t = 0; t < 4; ++t) {
-        const float2 top = R_image[t * 4], bottom = R_image[t * 4 + 8 * 32];
-        Rs[t] = make_float4(top.x, top.y, bottom.x, bottom.y);
-      }
-    };
     if (half == 0) {  // dq
       auto& m = anew(shared);
       const int tid = kept(threadIdx.x) % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0);
       float x[8][4];
       hand_over(x);
       products_begin();
-      product<E, 4, 0, 0>(x, kmajor(m.Y[0][0]), kmajor(m.S[turn][0]), false);
-      product<E, 4, 0, 0>(x, kmajor(m.Y[0][1]), kmajor(m.S[turn][0]), true);
-      product<E, 4, 0, 0>(x, kmajor(m.Y[0][0]), kmajor(m.S[turn][1]), true);
+      product<E, 4, 0, 0>(x, kmajor(m.Y[0][0]), kmajor(m.gates.S[0]), false);
+      product<E, 4, 0, 0>(x, kmajor(m.Y[0][1]), kmajor(m.gates.S[0]), true);
+      product<E, 4, 0, 0>(x, kmajor(m.Y[0][0]), kmajor(m.gates.S[1]), true);
       products_commit();
-      const auto Yref = operand_times(m.Y[0][0], m.factors[turn].in, warp);
+      const auto Yref = operand_times(m.Y[0][0], m.gates.in, warp);
       products_wait<0>();
       hand_over(x);
       keep<true, 0>(x, warp);
@@ -191,7 +171,6 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
       }
       arrive(&m.tokens_free);
       arrive(&m.Hk_free);
-      bring_R();
       wait(&m.inner_full, turn);
       const float4* const from = reinterpret_cast<const float4*>(m.inner()) + tid;
 #pragma unroll
@@ -234,18 +213,25 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
         for (int e = 0; e < 4; ++e) inner[t][e] = all[t + 4][e];
       }
       arrive(&m.inner_full);
-      bring_R();
     }
 
     // ds in the place of inner; terms of dg from the back, from the front
     float T[4][4], F[4][4];
+    uint32_t resets = 0;  // of the first token, a bit for each of its slots
     {
       const bool coupled = p.s.ptr == nullptr;
       auto& m = anew(shared);
       const int tid = kept(threadIdx.x) % 128, row = tid / 32 * 16 + frag_row();
       const float4 *const e = reinterpret_cast<const float4*>(m.e()) + half * 512 + tid, *const outer =
                                                                                              reinterpret_cast<const float4*>(m.outer) + half * 512 + tid;
-      const uint32_t S_row = place(m.S[turn][0], row, frag_col()) ^ (half * 64), Y_row = place(m.Y[0][0], row, frag_col()) ^ (half * 64);
+      float R[4][4];
+      get_R(R, m.gates.R, row, half);
+      if (row == 0)
+#pragma unroll
+        for (int t = 0; t < 4; ++t)
+#pragma unroll
+          for (int x = 0; x < 2; ++x) resets |= (m.gates.start[half * 32 + t * 8 + frag_col() + x] == 0.f) << (t * 2 + x);
+      const uint32_t S_row = place(m.gates.S[0], row, frag_col()) ^ (half * 64), Y_row = place(m.Y[0][0], row, frag_col()) ^ (half * 64);
       const float d[2] = {m.diagonal[0][row], m.diagonal[0][row + 8]}, b[2] = {m.diagonal[1][row], m.diagonal[1][row + 8]};
 #pragma unroll
       for (int t = 0; t < 4; ++t) {
@@ -254,13 +240,12 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
         for (int h = 0; h < 2; ++h) {
           const float2 S = both_at<E>((S_row + h * 1024) ^ (t * 16)), Yk = both_at<E>((Y_row + h * 1024) ^ (t * 16));
           const float2 Yv = both_at<E>(((Y_row + h * 1024) ^ (t * 16)) + 4 * kTile);
-          const float2 R = h ? make_float2(Rs[t].z, Rs[t].w) : make_float2(Rs[t].x, Rs[t].y),
-                       out = h ? make_float2(from.z, from.w) : make_float2(from.x, from.y);
+          const float2 out = h ? make_float2(from.z, from.w) : make_float2(from.x, from.y);
           const float2 term = h ? make_float2(before.z, before.w) : make_float2(before.x, before.y);
 #pragma unroll
           for (int x = 0; x < 2; ++x) {
             const int k = 2 * h + x;
-            const float S_ = x ? S.y : S.x, R_ = x ? R.y : R.x, out_ = x ? out.y : out.x, diagonal = d[h] * (x ? Yk.y : Yk.x) + b[h] * (x ? Yv.y : Yv.x);
+            const float S_ = x ? S.y : S.x, R_ = R[t][k], out_ = x ? out.y : out.x, diagonal = d[h] * (x ? Yk.y : Yk.x) + b[h] * (x ? Yv.y : Yv.x);
             T[t][k] = (x ? term.y : term.x) - S_ * inner[t][k];
             inner[t][k] = __fdividef(inner[t][k] + out_ + diagonal, R_);  // after the sequence: not stored
             F[t][k] = S_ * out_;
@@ -272,6 +257,7 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
     wait(&m.done, turn);  // the keys and values are, with Y
     sync(kOfQueries, 256);
     arrive(&m.outer_free);
+    load_gates(i - 1);
     load_H(i - 1);
     {
       auto& m = anew(shared);
@@ -280,9 +266,9 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
       store_gate_gradients(
           p, [&] { return m.chunk(p, i); }, head, 0, half, T, F, inner, m.Y[half][0], 4 + half, warp,
           [&](int t, int e) { return m.edge[0][col + t * 8 + e] + m.edge[1][col + t * 8 + e]; },
-          [&](int j, int t, int k) { return j == 0 && m.factors[turn].start[col + t * 8 + (k & 1)] == 0.f; });
+          [&](int, int t, int k) { return k < 2 && (resets >> (t * 2 + k) & 1); });
     }
-    S_parity ^= turn, turn ^= 1;
+    turn ^= 1;
   }
 }
 
@@ -307,11 +293,11 @@ __device__ __forceinline__ void walk_keys(const BackwardParams& p, WalkShared<E,
     const float* in = static_cast<const float*>(values ? p.dhvT : p.dhkT);
     load_registers(dH, in ? in + (n * p.H + head) * D * p.M : nullptr, values, D, p.M, warp);
   }
-  uint32_t turn = 0, S_parity = 0;
+  uint32_t turn = 0;
 #pragma unroll 1
   for (int i = chunks - 1; i >= 0; --i) {
-    wait(m.S_full + turn, S_parity);
-    const auto& factors = m.factors[turn];
+    wait(&m.gates_full, turn);
+    const auto& factors = m.gates;
     scale_rows(dH, factors.out[row], factors.out[row + 8]);  // E
 #pragma unroll
     for (int g = 0; g < D / 64; ++g) {
@@ -369,7 +355,7 @@ __device__ __forceinline__ void walk_keys(const BackwardParams& p, WalkShared<E,
     arrive(&m.keys_ready);
     wait(&m.Y_full, turn);
     {  // dk or dv
-      const E *const S0 = m.S[turn][0], *const S1 = m.S[turn][1], *const Y0 = m.Y[values][0], *const Y1 = m.Y[values][1];
+      const E *const S0 = m.gates.S[0], *const S1 = m.gates.S[1], *const Y0 = m.Y[values][0], *const Y1 = m.Y[values][1];
       float x[8][4];
       hand_over(x);
       hand_over(dH);
@@ -412,7 +398,7 @@ __device__ __forceinline__ void walk_keys(const BackwardParams& p, WalkShared<E,
     sync(own, 128);  // this warpgroup is done with the tokens
     wait(&m.tokens_free, turn);
     load(i - 1);
-    S_parity ^= turn, turn ^= 1;
+    turn ^= 1;
   }
   if (float* out = static_cast<float*>(values ? p.dhv0 : p.dhk0)) store_registers(out + (n * p.H + head) * D * p.M, dH, values, D, p.M, warp);
 }
@@ -429,7 +415,7 @@ __global__ __launch_bounds__(512, 1) void walk_kernel(const __grid_constant__ Ba
   if (threadIdx.x == 0) {
     for (uint64_t* barrier : {&m.tokens_full, &m.tokens_free, &m.H_full, &m.Y_full, &m.keys_ready, &m.outer_free, &m.done}) init(barrier, 256);
     for (uint64_t* barrier : {&m.Hk_free, &m.inner_full}) init(barrier, 128);
-    init(m.S_full, 1), init(m.S_full + 1, 1);
+    init(&m.gates_full, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   const Sequence seq = sequence<false>(p, n, kChunk);

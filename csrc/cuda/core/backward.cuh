@@ -35,6 +35,16 @@ __device__ inline void take_half(float (&o)[4][4], float (&dp)[4][4], const floa
   }
 }
 
+// R of half of the slots, from a tile that R_at addresses.
+__device__ inline void get_R(float (&R)[4][4], const float* tile, int row, int half) {
+  const uint32_t from = kept(static_cast<int>(address(tile) + R_at(row, half * 32 + frag_col()) * 4));
+#pragma unroll
+  for (int t = 0; t < 4; ++t)
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(R[t][2 * h]), "=f"(R[t][2 * h + 1]) : "r"((from ^ (t * 32)) + h * 8 * 256) : "memory");
+}
+
 // Write strengths of half of the slots, s = S R.
 template <class E>
 __device__ inline void strengths(float (&s)[4][4], const E* S, const float (&R)[4][4], int half, int row) {
@@ -115,6 +125,22 @@ __device__ inline void store_half(E* tile, const float (&x)[4][4], int half, int
   store_operand<E>(tile + kTile, X.lo, warp, half * 32);
 }
 
+// Half of the slots of a bank, from `first` on, of tokens 0 .. length - 1.
+template <class E>
+__device__ __forceinline__ void store_gates(const View& v, const Rows& rows, const float (&x)[4][4], int row, int length, int first, int M) {
+  auto store = [&](auto&& pair) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int64_t to = rows.at(row + 8 * h) + first + frag_col();
+#pragma unroll
+      for (int t = 0; t < 4; ++t)
+        if (row + 8 * h < length && first + t * 8 < M) pair(to + t * 8, x[t][2 * h], x[t][2 * h + 1]);
+    }
+  };
+  if (v.dtype == DType::f32) store([&](int64_t i, float a, float b) { *reinterpret_cast<float2*>(static_cast<float*>(v.ptr) + i) = make_float2(a, b); });
+  else store([&](int64_t i, float a, float b) { *reinterpret_cast<uint32_t*>(static_cast<E*>(v.ptr) + i) = pack<E>(a, b); });
+}
+
 // dg_t = sum_{u >= t} T_u + sum_{j < t} F_j + edge, and ds, of half of the slots of a bank; each by products of two parts of the terms with triangles of ones. terms: room
 // for two tiles; barrier: of this warpgroup. edge(t, e), forgets(row, t, k): whether the gate is a reset, which forgets whatever it would have changed. Where s is not given
 // but 1 - exp(g), ds is exp(g) ds, and goes into dg.
@@ -153,29 +179,18 @@ __device__ __forceinline__ void store_gate_gradients(const BackwardParams& p, Ch
   products_wait<0>();
   hand_over(dg);
   const bool coupled = p.s.ptr == nullptr;
-  const int row = warp * 16 + frag_row(), col = bank * kSlots + half * 32 + frag_col();
+  const int row = warp * 16 + frag_row(), first = bank * kSlots + half * 32;
+#pragma unroll
+  for (int t = 0; t < 4; ++t)
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      dg[t][k] += edges[t][k & 1];
+      if (forgets(row + k / 2 * 8, t, k)) dg[t][k] = 0.f;
+      if (coupled) dg[t][k] -= ds[t][k];
+    }
   const Chunk c = chunk();
-  const Rows ds_rows = rows_of(p.ds, c, head), dg_rows = rows_of(p.dg, c, head);
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int j = row + 8 * h;
-    if (j < c.length)
-#pragma unroll
-      for (int t = 0; t < 4; ++t) {
-        float x[2];
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int k = 2 * h + e;
-          x[e] = dg[t][k] + edges[t][e];
-          if (forgets(j, t, k)) x[e] = 0.f;
-          if (coupled) x[e] -= ds[t][k];
-        }
-        if (bank * kSlots + half * 32 + t * 8 < p.M) {
-          store_pair<E>(p.dg, dg_rows.at(j) + col + t * 8, x[0], x[1]);
-          if (!coupled) store_pair<E>(p.ds, ds_rows.at(j) + col + t * 8, ds[t][2 * h], ds[t][2 * h + 1]);
-        }
-      }
-  }
+  store_gates<E>(p.dg, rows_of(p.dg, c, head), dg, row, c.length, first, p.M);
+  if (!coupled) store_gates<E>(p.ds, rows_of(p.ds, c, head), ds, row, c.length, first, p.M);
 }
 
 }  // namespace gsa::cuda::hopper

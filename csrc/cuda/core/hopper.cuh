@@ -88,6 +88,10 @@ __device__ inline void bulk_load(void* to, const void* from, uint32_t bytes, uin
 __device__ inline void bulk_store(void* to, const void* from, uint32_t bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(address(from)), "r"(bytes) : "memory");
 }
+// As far as the L2.
+__device__ inline void bulk_prefetch(const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
 __device__ inline void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // What the groups of this thread read may be overwritten.
 __device__ inline void bulk_wait() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
@@ -454,7 +458,7 @@ static_assert(sizeof(Window<bf16>) % 1024 == 0);
 template <class E>
 struct GateImage {
   E S[2][kTile];
-  float R[kTile];                                          // as accumulators lie: [column / 8][thread of a warpgroup][4]; for hopper_walk.cu [token][slot]
+  float R[kTile];                                          // as accumulators lie: [column / 8][thread of a warpgroup][4]; for hopper_walk.cu at R_at
   float start[kSlots], in[kSlots], out[kSlots];
   int cut;                                                 // whether it has several
   int pad[31];
@@ -477,10 +481,18 @@ struct GateMaker {
   __device__ GateMaker(Scratch& shared, int tid, int barrier, int bank = 0)
       : scratch(shared), warp(__shfl_sync(0xffffffffu, tid / 32, 0)), lane(tid % 32), barrier(barrier), bank(bank) {}
 
-  __device__ void load(const Params& p, const Chunk& c, int64_t head) {
-    load(g, p, rows_of(p.g, c, head), c.length);
+  // Gates and write strengths of 16 bits on their way, for a later load.
+  struct Ahead {
+    uint32_t g[ROWS], s[ROWS];
+  };
+  __device__ void fetch(Ahead& ahead, const Params& p, const Chunk& c, int64_t head) const {
+    if (p.g.dtype != DType::f32) fetch(ahead.g, p, rows_of(p.g, c, head), c.length);
+    if (p.s.ptr && p.s.dtype != DType::f32) fetch(ahead.s, p, rows_of(p.s, c, head), c.length);
+  }
+  __device__ void load(const Params& p, const Chunk& c, int64_t head, const Ahead* ahead = nullptr) {
+    load(g, p, rows_of(p.g, c, head), c.length, ahead ? ahead->g : nullptr);
     if (p.s.ptr) {
-      load(s, p, rows_of(p.s, c, head), c.length);
+      load(s, p, rows_of(p.s, c, head), c.length, ahead ? ahead->s : nullptr);
     } else {
 #pragma unroll
       for (int i = 0; i < ROWS; ++i)
@@ -500,9 +512,15 @@ struct GateMaker {
   }
   __device__ int slot() const { return bank * kSlots + 2 * lane; }
   __device__ int rows_here(const Params& p, int length) const { return slot() < p.M ? length - warp * ROWS : 0; }
-  __device__ void load(float (&x)[ROWS][2], const Params& p, const Rows& src, int length) const {
+  __device__ void fetch(uint32_t (&raw)[ROWS], const Params& p, const Rows& src, int length) const {
     const int rows = rows_here(p, length);
+    const uint16_t* q = kept(static_cast<const uint16_t*>(src.ptr) + src.at(warp * ROWS) + slot());
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i, q += src.step) load_if(i < rows, q, raw[i]);
+  }
+  __device__ void load(float (&x)[ROWS][2], const Params& p, const Rows& src, int length, const uint32_t* ahead) const {
     if (src.dtype == DType::f32) {
+      const int rows = rows_here(p, length);
       const float* q = kept(static_cast<const float*>(src.ptr) + src.at(warp * ROWS) + slot());
 #pragma unroll
       for (int i = 0; i < ROWS; ++i, q += src.step) {
@@ -512,12 +530,10 @@ struct GateMaker {
       }
     } else {                                               // hopper_takes: of E
       uint32_t raw[ROWS];
-      const uint16_t* q = kept(static_cast<const uint16_t*>(src.ptr) + src.at(warp * ROWS) + slot());
-#pragma unroll
-      for (int i = 0; i < ROWS; ++i, q += src.step) load_if(i < rows, q, raw[i]);
+      if (!ahead) fetch(raw, p, src, length);
 #pragma unroll
       for (int i = 0; i < ROWS; ++i) {
-        const float2 v = unpack<E>(raw[i]);
+        const float2 v = unpack<E>(ahead ? ahead[i] : raw[i]);
         x[i][0] = v.x, x[i][1] = v.y;
       }
     }
@@ -630,15 +646,10 @@ struct GateMaker {
     }
     if (warp == 0) store_edges(w.start, w.in, w.out, total);
   }
-  // For hopper_walk.cu, what hopper_gates leaves for it.
+  // For hopper_walk.cu, what hopper_gates leaves for it; but S.
   __device__ void store_image(GateImage<E>& image, const float (&total)[2]) const {
 #pragma unroll
-    for (int i = 0; i < ROWS; ++i) {
-      const int row = warp * ROWS + i;
-      *reinterpret_cast<float2*>(image.R + row * 64 + 2 * lane) = make_float2(g[i][0], g[i][1]);
-      uint32_t* const S = reinterpret_cast<uint32_t*>(at(image.S[0], row, 2 * lane));
-      Arith<E>::split_pair(s[i][0], s[i][1], S[0], S[kTile / 2]);
-    }
+    for (int i = 0; i < ROWS; ++i) *reinterpret_cast<float2*>(image.R + R_at(warp * ROWS + i, 2 * lane)) = make_float2(g[i][0], g[i][1]);
     if (warp == 0) store_edges(image.start, image.in, image.out, total);
   }
   // S of row i, in two parts.
