@@ -248,7 +248,7 @@ __global__ __launch_bounds__(512, 1) void forward_kernel(const __grid_constant__
     };
     if (leaves) later(0, [&] { gates.fetch(ahead, p, c, head); });
     for (int64_t i = 0; i < chunks; ++i) {
-      later(i + 1 + leaves, [&] { gates.prefetch(p, c, head); });
+      if (!leaves || p.g.dtype == DType::f32 || p.s.dtype == DType::f32) later(i + 1, [&] { gates.prefetch(p, c, head); });
       c.select(p, i, kChunk);
       uint64_t starts = 0;
       for (int begin = 0; begin < c.length;) {

@@ -260,7 +260,7 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void queries_kernel(const _
     float y[4][4];  // e in the place of o, Yk in that of dp, Yv in y
     {
       float s[4][4];
-      strengths(s, m.S[bank][0], R, half, row);
+      strengths(s, m.S[bank][0], R, half, warp);
       times(o, R), times(dp, R);
       cotangents(o, dp, y, s, R, d, b, sums.of, own, bank * kSlots + half * 32, p.M, scale, row, [] { __syncthreads(); });
     }

@@ -115,7 +115,7 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
       scores<E, D, false>(x, other, m.A[half], m.B[half], m.H[half], m.gates.S[0], m.gates.in, warp, m.diagonal[half]);
       sync(kOfQueries, 256);  // the terms of dg are done with, and so is all of the chunk before
       give_half(m.given() + half * 64 * 32, x, half, tid);
-      get_R(R, m.gates.R, row, half);
+      get_R(R, m.gates.R, row, half * 32);
       sync(kOfQueries, 256);
       take_half(o, dp, x, m.given() + !half * 64 * 32, half, tid);
     }
@@ -123,7 +123,7 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
       float y[4][4], s[4][4], d[2], b[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) d[h] = m.diagonal[0][row + 8 * h], b[h] = m.diagonal[1][row + 8 * h];
-      strengths(s, m.gates.S[0], R, half, row);
+      strengths(s, m.gates.S[0], R, half, warp);
       times(o, R), times(dp, R);
       cotangents(o, dp, y, s, R, d, b, m.sums(), half, half * 32, p.M, scale, row, [] { sync(kOfQueries, 256); });
       sync(kOfQueries, 256);  // what lies in Y is done with
@@ -221,38 +221,36 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
     {
       const bool coupled = p.s.ptr == nullptr;
       auto& m = anew(shared);
-      const int tid = kept(threadIdx.x) % 128, row = tid / 32 * 16 + frag_row();
-      const float4 *const e = reinterpret_cast<const float4*>(m.e()) + half * 512 + tid, *const outer =
-                                                                                             reinterpret_cast<const float4*>(m.outer) + half * 512 + tid;
-      float R[4][4];
-      get_R(R, m.gates.R, row, half);
+      const int tid = kept(threadIdx.x) % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0), row = warp * 16 + frag_row();
       if (row == 0)
 #pragma unroll
         for (int t = 0; t < 4; ++t)
 #pragma unroll
           for (int x = 0; x < 2; ++x) resets |= (m.gates.start[half * 32 + t * 8 + frag_col() + x] == 0.f) << (t * 2 + x);
-      const uint32_t S_row = place(m.gates.S[0], row, frag_col()) ^ (half * 64), Y_row = place(m.Y[0][0], row, frag_col()) ^ (half * 64);
       const float d[2] = {m.diagonal[0][row], m.diagonal[0][row + 8]}, b[2] = {m.diagonal[1][row], m.diagonal[1][row + 8]};
+      get(T, m.e() + half * 2048, tid), get(F, m.outer + half * 2048, tid);
+      float S[4][4], R[4][4], Y[4][4], diagonal[4][4];
+      get_both(Y, m.Y[0][0], half * 32, warp);
 #pragma unroll
-      for (int t = 0; t < 4; ++t) {
-        const float4 from = outer[t * 128], before = e[t * 128];
+      for (int t = 0; t < 4; ++t)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const float2 S = both_at<E>((S_row + h * 1024) ^ (t * 16)), Yk = both_at<E>((Y_row + h * 1024) ^ (t * 16));
-          const float2 Yv = both_at<E>(((Y_row + h * 1024) ^ (t * 16)) + 4 * kTile);
-          const float2 out = h ? make_float2(from.z, from.w) : make_float2(from.x, from.y);
-          const float2 term = h ? make_float2(before.z, before.w) : make_float2(before.x, before.y);
+        for (int k = 0; k < 4; ++k) diagonal[t][k] = d[k / 2] * Y[t][k];
+      get_both(Y, m.Y[1][0], half * 32, warp);
 #pragma unroll
-          for (int x = 0; x < 2; ++x) {
-            const int k = 2 * h + x;
-            const float S_ = x ? S.y : S.x, R_ = R[t][k], out_ = x ? out.y : out.x, diagonal = d[h] * (x ? Yk.y : Yk.x) + b[h] * (x ? Yv.y : Yv.x);
-            T[t][k] = (x ? term.y : term.x) - S_ * inner[t][k];
-            inner[t][k] = __fdividef(inner[t][k] + out_ + diagonal, R_);  // after the sequence: not stored
-            F[t][k] = S_ * out_;
-            if (coupled) inner[t][k] *= 1.f - S_ * R_;  // s = 1 - exp(g)
-          }
+      for (int t = 0; t < 4; ++t)
+#pragma unroll
+        for (int k = 0; k < 4; ++k) diagonal[t][k] = fmaf(b[k / 2], Y[t][k], diagonal[t][k]);
+      get_both(S, m.gates.S[0], half * 32, warp);
+      get_R(R, m.gates.R, row, half * 32);
+#pragma unroll
+      for (int t = 0; t < 4; ++t)
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          T[t][k] -= S[t][k] * inner[t][k];
+          inner[t][k] = (inner[t][k] + F[t][k] + diagonal[t][k]) * fast_reciprocal(R[t][k]);  // after the sequence: not stored
+          F[t][k] *= S[t][k];
+          if (coupled) inner[t][k] *= 1.f - S[t][k] * R[t][k];  // s = 1 - exp(g)
         }
-      }
     }
     wait(&m.done, turn);  // the keys and values are, with Y
     sync(kOfQueries, 256);
@@ -317,13 +315,6 @@ __device__ __forceinline__ void walk_keys(const BackwardParams& p, WalkShared<E,
     cp_async_wait_for<0>();
     publish();
     arrive(&m.tokens_full);
-    if (i > 0 && tid < D) {  // the next ones as far as the L2: full chunks all
-      const Chunk c = m.chunk(p, i - 1);
-      const int line = tid % (D / 64) * 64;
-      const Rows a = rows_of(values ? p.d_o : p.q, c, head), b = rows_of(values ? p.v : p.k, c, head);
-      prefetch_line(static_cast<const E*>(a.ptr) + a.at(tid / (D / 64)) + line);
-      prefetch_line(static_cast<const E*>(b.ptr) + b.at(tid / (D / 64)) + line);
-    }
     wait(&m.tokens_full, turn);
     {
       float outer[8][4];

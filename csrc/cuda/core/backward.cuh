@@ -35,11 +35,12 @@ __device__ inline void take_half(float (&o)[4][4], float (&dp)[4][4], const floa
   }
 }
 
-// R of half of the slots, from a tile that R_at addresses.
-__device__ inline void get_R(float (&R)[4][4], const float* tile, int row, int half) {
-  const uint32_t from = kept(static_cast<int>(address(tile) + R_at(row, half * 32 + frag_col()) * 4));
+// R of 8 NT slots, from `column` (a multiple of 16) on, from a tile that R_at addresses.
+template <int NT>
+__device__ inline void get_R(float (&R)[NT][4], const float* tile, int row, int column) {
+  const uint32_t from = kept(static_cast<int>(address(tile) + R_at(row, column + frag_col()) * 4));
 #pragma unroll
-  for (int t = 0; t < 4; ++t)
+  for (int t = 0; t < NT; ++t)
 #pragma unroll
     for (int h = 0; h < 2; ++h)
       asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(R[t][2 * h]), "=f"(R[t][2 * h + 1]) : "r"((from ^ (t * 32)) + h * 8 * 256) : "memory");
@@ -47,15 +48,12 @@ __device__ inline void get_R(float (&R)[4][4], const float* tile, int row, int h
 
 // Write strengths of half of the slots, s = S R.
 template <class E>
-__device__ inline void strengths(float (&s)[4][4], const E* S, const float (&R)[4][4], int half, int row) {
-  const uint32_t S_row = place(S, row, frag_col()) ^ (half * 64);
+__device__ inline void strengths(float (&s)[4][4], const E* S, const float (&R)[4][4], int half, int warp) {
+  get_both(s, S, half * 32, warp);
 #pragma unroll
   for (int t = 0; t < 4; ++t)
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float2 x = both_at<E>((S_row + h * 1024) ^ (t * 16));
-      s[t][2 * h] = x.x * R[t][2 * h], s[t][2 * h + 1] = x.y * R[t][2 * h + 1];
-    }
+    for (int e = 0; e < 4; ++e) s[t][e] *= R[t][e];
 }
 
 // p = softmax(scale o1) over all shares, o1 = o + d s, dp + b s the cotangent of p; then e in the place of o, Yk R in that of dp, and Yv R in y:

@@ -319,6 +319,12 @@ __device__ inline float fast_exp2(float x) {
   return r;
 }
 
+__device__ inline float fast_reciprocal(float x) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+
 // exp(g) by a polynomial. A state is the product of thousands of these: the small bias of ex2.approx, which expf has too, would add up.
 __device__ inline float exp_to_the_last_digit(float g) {
   if (!(g >= -87.f)) return isnan(g) ? g : 0.f;

@@ -383,6 +383,22 @@ __device__ inline typename Arith<E>::template Op<64> operand_times(const E* tile
   }
   return x;
 }
+// 8 NT columns, from `column` (a multiple of 16) on, of the warp's rows of a tile in two parts, the other one after it: their sums, as accumulators lie.
+template <class E, int NT>
+__device__ inline void get_both(float (&x)[NT][4], const E* tile, int column, int warp) {
+  const uint32_t from = place(tile, warp * 16 + (lane_id() & 15), 0) ^ (lane_id() >> 4 << 4) ^ (column * 2);
+#pragma unroll
+  for (int t = 0; t < NT; t += 2) {
+    uint32_t hi[4], lo[4];
+    ldmatrix4<false>(hi, from ^ (t * 16)), ldmatrix4<false>(lo, (from ^ (t * 16)) + kTile * 2);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 a = unpack<E>(hi[i]), b = unpack<E>(lo[i]);
+      float* const to = x[t + (i >> 1)] + 2 * (i & 1);
+      to[0] = a.x + b.x, to[1] = a.y + b.y;
+    }
+  }
+}
 // A state in registers, rows = slots, columns = dimensions, into the tile [D][64] of its transpose.
 template <class E, int NT>
 __device__ inline void store_transposed(E* tile, const float (&h)[NT][4], int warp) {
