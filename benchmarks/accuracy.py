@@ -77,7 +77,7 @@ def measure(shape: Shape, tau: float, device: torch.device, peers: bool, states:
         return {name: testing.error(got[name], want) for name, want in truth.items()}
 
     ours = {}
-    for name in ("hopper", "parts", "few", "portable") if device.type == "cuda" else ("",):
+    for name in ("hopper", "segments", "parts", "few", "portable") if device.type == "cuda" else ("",):
         with kernels(name):
             ours[name or "ours"] = errors(chunk_gsa, x)
     theirs = errors(repeated, {**x, **{name: x[name].float() for name in "kvsg"}}) if peers and device.type == "cuda" and fla() is not None else {}

@@ -56,7 +56,7 @@ def cases(device):
     if host:
         yield from cases_of_the_cpu()
         return
-    for kernels, dtype, gate, (T, HQ, H, K, V, M) in itertools.product(("hopper", "parts", "few"), (BF16, FP16), (8.0, "mixed"), HOPPER):
+    for kernels, dtype, gate, (T, HQ, H, K, V, M) in itertools.product(("hopper", "segments", "parts", "few"), (BF16, FP16), (8.0, "mixed"), HOPPER):
         os.environ["GSA_KERNELS"] = kernels  # read at every call
         yield chunk_gsa, make_inputs(2, T, HQ, H, K, V, M, mode="given", gate=gate, dtype=dtype, initial_state=True, device=device)
         yield chunk_gsa, make_inputs(lengths=[0, 1, T, 0, 17], HQ=HQ, H=H, K=K, V=V, M=M, gate=gate, dtype=dtype, device=device)
@@ -97,7 +97,7 @@ def pools(device):
                 turn = row["q"][:, 0, :12], row["q"][:, 1, :12]
                 o = torch.ops.gsa.step(row["q"], row["k"], row["v"], None, row["g"], hk, hv, None, None, where, mask, 8.0, *turn, True, True)
                 assert o[[1, 2, 4]].eq(0).all() and o[[0, 3]].isfinite().all()
-    ways = ("portable", "hopper", "parts", "few")
+    ways = ("portable", "hopper", "segments", "parts", "few")
     for dtype, mode, op, kernels in itertools.product((FP32, BF16), ("given", "coupled", "abc"), (chunk_gsa, fused_recurrent_gsa), ways):
         os.environ["GSA_KERNELS"] = kernels
         K, V, M = (20, 36, 10) if kernels == "portable" else (64, 64, 16)

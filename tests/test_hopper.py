@@ -1,4 +1,4 @@
-"""The kernels for Hopper, as walks through whole sequences, in parts, and in parts for few heads: by itself a call is one of them, by its number of heads."""
+"""The kernels for Hopper, as walks through whole sequences or segments of them, in parts, and in parts for few heads: by itself a call is one, by its heads."""
 
 import itertools
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("poisoned", "hopper")
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
-@pytest.fixture(params=["hopper", "parts", "few"])
+@pytest.fixture(params=["hopper", "segments", "parts", "few"])
 def hopper(request, capability, monkeypatch):
     if capability != (9, 0):
         pytest.skip("not a Hopper GPU")
@@ -26,10 +26,12 @@ in_parts = pytest.mark.parametrize("hopper", ["parts", "few"], indirect=True)
 
 @once
 def test_the_environment_decides(cuda, kernels_of, monkeypatch):
-    """Few heads go in parts, the scans of long sequences as products and a pass; many walk; GSA_KERNELS overrules it."""
-    few, many = make_inputs(1, 64, 2, dtype=BF16, device=cuda), make_inputs(4, 64, 33, dtype=BF16, device=cuda)
-    long, packed = make_inputs(1, 1024, 2, dtype=BF16, device=cuda), make_inputs(lengths=[600, 600], dtype=BF16, device=cuda)
+    """Few heads go in parts, or forward in segments; many walk; GSA_KERNELS overrules it."""
+    few, many = make_inputs(1, 200, 2, dtype=BF16, device=cuda), make_inputs(4, 200, 33, dtype=BF16, device=cuda)
+    long, row = make_inputs(1, 1024, 32, dtype=BF16, device=cuda), make_inputs(lengths=[1024], dtype=BF16, device=cuda)
+    packed = make_inputs(lengths=[600, 600], dtype=BF16, device=cuda)
     ways = {
+        "segments": {"join_kernel", "forward_kernel", "keys_kernel"},
         "parts": {"scan_kernel", "output_kernel", "keys_kernel"},
         "few": {"products_kernel", "pass_kernel", "output_kernel", "keys_kernel"},
         "hopper": {"forward_kernel", "walk_kernel", "fused_kernel"},
@@ -44,7 +46,7 @@ def test_the_environment_decides(cuda, kernels_of, monkeypatch):
         monkeypatch.setenv("GSA_KERNELS", name)
         assert way(few) == way(many) == name
     monkeypatch.delenv("GSA_KERNELS")
-    assert [way(x) for x in (few, packed, long, many)] == ["parts", "parts", "few", "hopper"]
+    assert [way(x) for x in (few, packed, row, long, many)] == ["parts", "parts", "few", "segments", "hopper"]
 
 
 @pytest.mark.parametrize("gate", ["zero", 8.0, 1.0, 0.1, "mixed", "-40", "-inf", "shut"])

@@ -19,16 +19,16 @@
 //
 // Four warpgroups, each with what it needs not wait for while the others are at work:
 //     queries 0, 1           scores, one the keys' and one the values'; halves of the slots exchanged, Y, e;    then 0 has dq, 1 inner;    then ds and dg, half each
-//     keys, values           tokens; E, outer, <H, dH>;                                                         then dk or dv, and dH
+//     keys, values           tokens, states; E, outer, <H, dH>;                                                         then dk or dv, and dH
 // What has to be more exact than 16 bits is an operand in two parts (16 + 16 bits): X in the scores and in inner, S, Y, W and E of the values, the terms of dg.
 //
 //     shared memory               written by          read by              barriers (full / free)
-//     A, B [side]                 keys; values        all                  tokens_full / tokens_free and the warpgroup's own
-//     H [side]                    queries             all                  H_full / keys_ready; then e (kOfQueries), half of inner (inner_full / Hk_free)
+//     A, B, H [side]              keys; values        all                  tokens_full / tokens_free and the warpgroup's own; H: keys_ready, then e (kOfQueries) and
+//                                                                          half of inner (inner_full / Hk_free), which outer_free frees
 //     gates (S, R, factors)       bulk copy           all                  gates_full / kOfQueries, done
 //     E [side]                    its side            its side             the warpgroup's own
 //     Y                           queries             all                  Y_full / done; before it what the queries exchange, after it the terms of dg
-//     outer, edge                 keys and values     queries              keys_ready / outer_free, H_full
+//     outer, edge [turn]          keys and values     queries              keys_ready / outer_free
 #include "core/backward.cuh"
 #include "core/select.cuh"
 #include "hopper.h"
@@ -46,8 +46,8 @@ struct WalkShared {
   GateImage<E> gates;
   float outer[kTile];
   float spare[D == 64 ? kTile + kTile / 2 : 4];
-  float edge[2][kSlots], diagonal[2][64];  // exp(G_end) <H, dH>; of q k^T, of d_o v^T
-  uint64_t gates_full, tokens_full, tokens_free, H_full, Y_full, keys_ready, outer_free, done, Hk_free, inner_full;
+  float edge[2][2][kSlots], diagonal[2][64];  // [turn][side] exp(G_end) <H, dH>; of q k^T, of d_o v^T
+  uint64_t gates_full, tokens_full, tokens_free, Y_full, keys_ready, outer_free, done, Hk_free, inner_full;
   int found;
   Sequence sequence;
   __device__ Chunk chunk(const Params& p, int i) const {
@@ -77,10 +77,6 @@ __device__ inline T& anew(T& x) {
 template <class E, int D>
 __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared<E, D>& shared, const E* boundary, const GateImage<E>* images, int chunks,
                                              int first_slot, int head, const int half) {
-  auto load_H = [&](int i) {
-    if (i >= 0) load_state<D, 128>(shared.H[half], boundary + (int64_t(first_slot + i) * p.H + head) * 2 * D * p.M + half * D * p.M, p.M, threadIdx.x % 128);
-    cp_async_commit();
-  };
   constexpr uint32_t gate_bytes = offsetof(GateImage<E>, cut);
   auto load_gates = [&](int i) {
     if (i < 0 || threadIdx.x) return;
@@ -94,7 +90,6 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
     bulk_prefetch(images + at, gate_bytes);
     bulk_prefetch(boundary + at * 2 * D * p.M, 4 * D * p.M);
   };
-  load_H(chunks - 1);
   load_gates(chunks - 1);
   uint32_t turn = 0;  // of the chunk, the parity of its barriers
 #pragma unroll 1
@@ -105,12 +100,8 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
     float o[4][4], dp[4][4], R[4][4];  // o1, then e; dp, then Yk
     prefetch(i - 1);
     {
-      cp_async_wait_for<0>();
-      publish();
-      arrive(&m.H_full);
       wait(&m.gates_full, turn);
       wait(&m.tokens_full, turn);
-      wait(&m.H_full, turn);
       float x[8][4], other[2];
       scores<E, D, false>(x, other, m.A[half], m.B[half], m.H[half], m.gates.S[0], m.gates.in, warp, m.diagonal[half]);
       sync(kOfQueries, 256);  // the terms of dg are done with, and so is all of the chunk before
@@ -256,14 +247,13 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
     sync(kOfQueries, 256);
     arrive(&m.outer_free);
     load_gates(i - 1);
-    load_H(i - 1);
     {
       auto& m = anew(shared);
       const int warp = __shfl_sync(0xffffffffu, kept(threadIdx.x) % 128 / 32, 0);
       const int col = half * 32 + frag_col();
       store_gate_gradients(
           p, [&] { return m.chunk(p, i); }, head, 0, half, T, F, inner, m.Y[half][0], 4 + half, warp,
-          [&](int t, int e) { return m.edge[0][col + t * 8 + e] + m.edge[1][col + t * 8 + e]; },
+          [&](int t, int e) { return m.edge[turn][0][col + t * 8 + e] + m.edge[turn][1][col + t * 8 + e]; },
           [&](int, int t, int k) { return k < 2 && (resets >> (t * 2 + k) & 1); });
     }
     turn ^= 1;
@@ -272,20 +262,27 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
 
 // Keys, or values.
 template <class E, int D>
-__device__ __forceinline__ void walk_keys(const BackwardParams& p, WalkShared<E, D>& m, int chunks, int64_t n, int head, const int values) {
+__device__ __forceinline__ void walk_keys(const BackwardParams& p, WalkShared<E, D>& m, const E* boundary, int chunks, int first_slot, int64_t n, int head, const int values) {
   constexpr int NT = D / 8;
   const int own = 6 + values;  // barrier of this warpgroup
   const int tid = threadIdx.x % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0), row = warp * 16 + frag_row();
   E *const A = m.A[values], *const B = m.B[values], *const E0 = m.E0[values], *const E1 = m.E1;
-  auto load = [&](int i) {
-    if (i >= 0) {
-      const Chunk c = m.chunk(p, i);
-      load_tokens<D, 128>(A, rows_of(values ? p.d_o : p.q, c, head), c.length, tid);
-      load_tokens<D, 128>(B, rows_of(values ? p.v : p.k, c, head), c.length, tid);
-    }
+  auto load_A = [&](int i) {
+    if (i < 0) return;
+    const Chunk c = m.chunk(p, i);
+    load_tokens<D, 128>(A, rows_of(values ? p.d_o : p.q, c, head), c.length, tid);
     cp_async_commit();
   };
-  load(chunks - 1);
+  auto load_H = [&](int i) {
+    if (i >= 0) load_state<D, 128>(m.H[values], boundary + ((int64_t(first_slot + i) * p.H + head) * 2 + values) * D * p.M, p.M, tid);
+    cp_async_commit();
+  };
+  auto load_B = [&](int i) {
+    if (i < 0) return;
+    const Chunk c = m.chunk(p, i);
+    load_tokens<D, 128>(B, rows_of(values ? p.v : p.k, c, head), c.length, tid);
+  };
+  load_B(chunks - 1), load_A(chunks - 1), load_H(chunks - 1);
   float dH[NT][4];
   {
     const float* in = static_cast<const float*>(values ? p.dhvT : p.dhkT);
@@ -325,7 +322,6 @@ __device__ __forceinline__ void walk_keys(const BackwardParams& p, WalkShared<E,
       products_commit();
       products_wait<0>();
       hand_over(outer);
-      wait(&m.outer_free, turn ^ 1);
       if (!values) put(m.outer, outer, tid);
       sync(kOfKeys, 256);
       if (values) {
@@ -338,10 +334,9 @@ __device__ __forceinline__ void walk_keys(const BackwardParams& p, WalkShared<E,
       }
     }
     {  // exp(G_end) <H, dH> of every slot
-      wait(&m.H_full, turn);
       float sum[2];
       state_products(sum, m.H[values], dH, warp);
-      if ((lane_id() & 3) == 0) m.edge[values][row] = sum[0] * factors.in[row], m.edge[values][row + 8] = sum[1] * factors.in[row + 8];
+      if ((lane_id() & 3) == 0) m.edge[turn][values][row] = sum[0] * factors.in[row], m.edge[turn][values][row + 8] = sum[1] * factors.in[row + 8];
     }
     arrive(&m.keys_ready);
     wait(&m.Y_full, turn);
@@ -366,6 +361,11 @@ __device__ __forceinline__ void walk_keys(const BackwardParams& p, WalkShared<E,
       hand_over(dH);
 #pragma unroll 1
       for (int d = 0; d < D; d += 32) {  // 64 at a time would take registers that are not there: ptxas then waits for every product by itself
+        const bool last = d + 32 == D;
+        if (last) {
+          wait(&m.tokens_free, turn);
+          load_B(i - 1);
+        }
         float dx[4][4];
         const E *const E_own = columns<E>(E0, d), *const A_own = columns<E>(A, d);
         hand_over(dx);
@@ -380,15 +380,18 @@ __device__ __forceinline__ void walk_keys(const BackwardParams& p, WalkShared<E,
         products_commit();
         products_wait<0>();
         hand_over(dx);
+        if (last) {
+          scale_rows(dH, factors.in[row], factors.in[row + 8]);
+          arrive(&m.done);
+          sync(own, 128);  // this warpgroup is done with the tokens
+          load_A(i - 1);
+        }
         const Chunk c = m.chunk(p, i);
         store_window<E>(rows_of(values ? p.dv : p.dk, c, head), dx, warp, 0, c.length, d);
       }
-      scale_rows(dH, factors.in[row], factors.in[row + 8]);
     }
-    arrive(&m.done);
-    sync(own, 128);  // this warpgroup is done with the tokens
-    wait(&m.tokens_free, turn);
-    load(i - 1);
+    wait(&m.outer_free, turn);  // e and inner, which lie in H, are done with, too
+    load_H(i - 1);
     turn ^= 1;
   }
   if (float* out = static_cast<float*>(values ? p.dhv0 : p.dhk0)) store_registers(out + (n * p.H + head) * D * p.M, dH, values, D, p.M, warp);
@@ -404,7 +407,7 @@ __global__ __launch_bounds__(512, 1) void walk_kernel(const __grid_constant__ Ba
   const int64_t n = packed ? longest_first(p, blockIdx.x / p.H, m.found) : blockIdx.x / p.H;
   const int role = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (threadIdx.x == 0) {
-    for (uint64_t* barrier : {&m.tokens_full, &m.tokens_free, &m.H_full, &m.Y_full, &m.keys_ready, &m.outer_free, &m.done}) init(barrier, 256);
+    for (uint64_t* barrier : {&m.tokens_full, &m.tokens_free, &m.Y_full, &m.keys_ready, &m.outer_free, &m.done}) init(barrier, 256);
     for (uint64_t* barrier : {&m.Hk_free, &m.inner_full}) init(barrier, 128);
     init(&m.gates_full, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -422,7 +425,7 @@ __global__ __launch_bounds__(512, 1) void walk_kernel(const __grid_constant__ Ba
     walk_queries<E, D>(p, m, boundary, images, chunks, first_slot, head, role);
   } else {
     take_registers<144>();
-    walk_keys<E, D>(p, m, chunks, n, head, role - 2);
+    walk_keys<E, D>(p, m, boundary, chunks, first_slot, n, head, role - 2);
   }
 #endif
 }

@@ -155,9 +155,7 @@ struct Elements {
 template <class E>
 __device__ float sigmoid(float x) {
   if constexpr (sizeof(E) == 4) return 1.f / (1.f + expf(-x));
-  float r;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(1.f + fast_exp2(-1.4426950408889634f * x)));
-  return r;
+  return fast_reciprocal(1.f + fast_exp2(-1.4426950408889634f * x));
 }
 
 // Over the block, the same bits in every thread. Whoever calls it again hands it other 32 floats, in turn, and needs no second barrier.

@@ -43,10 +43,12 @@ INSTRUCTIONS = {
     "rcp.approx.ftz.f32 %0, %1;": "%0 = 1.f / %1",
     # memory
     "ld.shared.b32 %0, [%1 + %2];": "%0 = *static_cast<const uint32_t*>(emulation::at(%1 + %2, 4))",
+    "ld.shared.v2.f32 {%0, %1}, [%2];": "emulation::load_two(&%0, &%1, %2)",
     "st.shared.b32 [%0], %1; st.shared.b32 [%0 + %3], %2;": "*static_cast<uint32_t*>(emulation::at(%0, 4)) = %1, "
     "*static_cast<uint32_t*>(emulation::at(%0 + %3, 4)) = %2",
     "{ .reg .pred valid; setp.ne.u32 valid, %2, 0; mov.u32 %0, 0; @valid ld.global.nc.b32 %0, [%1]; }": "%0 = %2 ? *reinterpret_cast<const uint32_t*>(%1) : 0u",
     "prefetch.global.L2 [%0];": "static_cast<void>(0)",
+    "cp.async.bulk.prefetch.L2.global [%0], %1;": "static_cast<void>(0)",
     "cp.async.ca.shared.global [%0], [%1], %2;": "emulation::copy_async(%0, %1, %2, %2)",
     "cp.async.ca.shared.global [%0], [%1], %2, %3;": "emulation::copy_async(%0, %1, %2, %3)",
     "cp.async.cg.shared.global [%0], [%1], 16;": "emulation::copy_async(%0, %1, 16, 16)",

@@ -107,6 +107,10 @@ void* dynamic_shared(int64_t alignment);
 void* static_shared(const void* key, int64_t bytes, int64_t alignment);   // the same for all threads of a block that bring the same key
 uint32_t address_of(const void* p);                        // in the block's window
 void* at(uint32_t address, uint32_t bytes);
+inline void load_two(float* a, float* b, uint32_t address) {
+  const float* const from = static_cast<const float*>(at(address, 8));
+  *a = from[0], *b = from[1];
+}
 
 // ------------------------------------------------------------------------------------------------------------ warps and blocks
 
