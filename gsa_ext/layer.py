@@ -477,13 +477,13 @@ class GatedSlotAttention(nn.Module):
         q, k, v, gate_logits = linears(hidden_states, self.q_proj, self.k_proj, self.v_proj, self.f_proj)
         if self.use_short_conv:
             q, k, v = self._convolve((q, k, v), state, mask, cu_seqlens)
-        q = q.unflatten(-1, (self.num_heads, self.head_k_dim))
-        k = k.unflatten(-1, (self.num_kv_heads, self.head_k_dim))
-        v = v.unflatten(-1, (self.num_kv_heads, self.head_v_dim))
+        q = q.view(B, T, self.num_heads, self.head_k_dim)
+        k = k.view(B, T, self.num_kv_heads, self.head_k_dim)
+        v = v.view(B, T, self.num_kv_heads, self.head_v_dim)
         swish = isinstance(self.feature_map, nn.SiLU)
         if not swish:
             q, k = self.feature_map(q), self.feature_map(k)
-        gate_logits = gate_logits.unflatten(-1, (self.num_kv_heads, self.num_slots))
+        gate_logits = gate_logits.view(B, T, self.num_kv_heads, self.num_slots)
 
         o = slot_attention(q, k, v, gate_logits, self.gate_logit_normalizer, self.scale, mask, state, cu_seqlens, swish, True).flatten(-2)
         y = self.o_proj(silu_norm(o, self.g_norm))

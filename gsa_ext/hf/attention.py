@@ -104,6 +104,7 @@ class GSAAttention(nn.Module):
         self.lowest_logit = None if kept is None else math.log(kept / (1 - kept))
         self.softmax_scale: float = attention.scaling
         self.softmax_window = family.window(attention)
+        self.clip: float | None = getattr(config, "clip_qkv", None)      # of q, k and v; each look at a config of transformers takes microseconds
         self.rotates = family.rotates(attention)
         self._family = family
         self.apply_rotary = getattr(sys.modules[type(attention).__module__], family.rotary)

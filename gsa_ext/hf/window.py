@@ -171,9 +171,10 @@ def window_step(
         if not rotary.in_kernel(q):
             return None
         cos, sin = rotary.cos, rotary.sin
-    if any(x.dtype != q.dtype for x in (k, v, past.keys, past.values)) or not all(x.is_contiguous() for x in past):
+    keys, values, filled = past
+    if not (q.dtype == k.dtype == v.dtype == keys.dtype == values.dtype and keys.is_contiguous() and values.is_contiguous() and filled.is_contiguous()):
         return None
-    return window_step_of_token(q, k, v, *past, scale, mask, cos, sin), past
+    return window_step_of_token(q, k, v, keys, values, filled, scale, mask, cos, sin), past
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
