@@ -7,7 +7,7 @@
 
 #include <tuple>
 
-#include "step.h"
+#include "signatures.h"
 
 namespace gsa {
 namespace {

@@ -8,6 +8,7 @@
 
 #include "checks.h"
 #include "params.h"
+#include "signatures.h"
 
 namespace gsa {
 namespace {
@@ -179,7 +180,7 @@ Tensor conv_step_autograd(const Tensor& x, Tensor history, const Tensor& weight,
   Tensor o;
   {
     const at::AutoDispatchBelowADInplaceOrView below;
-    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("gsa::conv_step", "").typed<decltype(conv_step)>();
+    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("gsa::conv_step", "").typed<ConvStepSignature>();
     o = op.call(x, history, weight, bias, mask);
   }
   torch::autograd::increment_version(history);
@@ -192,7 +193,7 @@ Tensor window_step_autograd(const Tensor& q, const Tensor& k, const Tensor& v, T
   Tensor o;
   {
     const at::AutoDispatchBelowADInplaceOrView below;
-    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("gsa::window_step", "").typed<decltype(window_step)>();
+    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("gsa::window_step", "").typed<WindowStepSignature>();
     o = op.call(q, k, v, keys, values, filled, scale, mask, cos, sin);
   }
   for (const Tensor& x : {keys, values, filled}) torch::autograd::increment_version(x);

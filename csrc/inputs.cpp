@@ -11,6 +11,7 @@
 
 #include "checks.h"
 #include "params.h"
+#include "signatures.h"
 
 namespace gsa {
 namespace {
@@ -293,7 +294,7 @@ Three mix_backward_meta(const Tensor&, const Tensor& a, const Tensor& b, const T
 struct Mix : torch::autograd::Function<Mix> {
   static Tensor forward(AutogradContext* ctx, const Tensor& a, const Tensor& b, const Tensor& share) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("gsa::mix", "").typed<decltype(mix)>();
+    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("gsa::mix", "").typed<MixSignature>();
     ctx->save_for_backward({a, b, share});
     return op.call(a, b, share);
   }
@@ -435,7 +436,7 @@ struct SiluNorm : torch::autograd::Function<SiluNorm> {
 Tensor silu_norm_autograd(const Tensor& o, const OptTensor& weight, OptDouble eps) {
   if (!(at::GradMode::is_enabled() && (o.requires_grad() || (weight && weight->requires_grad())))) {  // nothing to save
     const at::AutoDispatchBelowADInplaceOrView below;
-    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("gsa::silu_norm", "").typed<decltype(silu_norm)>();
+    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("gsa::silu_norm", "").typed<SiluNormSignature>();
     return op.call(o, weight, eps);
   }
   return SiluNorm::apply(o, weight, eps);

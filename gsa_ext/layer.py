@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gsa_ext.ops import chunk_gsa, step_of_token
+from gsa_ext.ops import chunk_gsa, conv_step_of_token, step_of_token
+from gsa_ext.ops import silu_norm as silu_norm_op
 
 
 class SlotState:
@@ -213,7 +214,7 @@ def slot_attention(
             q, k = rotary.apply(q, k)
         if lowest_logit is not None:
             gate_logits = gate_logits.clamp(min=lowest_logit)
-        o = step_of_token(q, k, v, gate_logits, *state.slots, scale, mask, gate_normalizer, cos, sin, silu_qk, silu_v)
+        o = step_of_token(q, k, v, None, gate_logits, *state.slots, None, scale, None, mask, gate_normalizer, cos, sin, silu_qk, silu_v)
         state.seen += 1
         return o
 
@@ -316,7 +317,7 @@ def silu_norm(o: Tensor, norm: nn.Module) -> Tensor:
     weight: Any = norm.weight
     if weight is not None and weight.dtype != o.dtype:
         return norm(F.silu(o))
-    return torch.ops.gsa.silu_norm(o, weight, norm.eps)
+    return silu_norm_op(o, weight, norm.eps)
 
 
 class LinearReLU(nn.Module):
@@ -354,8 +355,8 @@ class ShortConv(nn.Conv1d):
         return F.silu(y if self.bias is None else y + self.bias.to(y.dtype))
 
     def step(self, x: Tensor, history: Tensor, mask: Tensor | None = None) -> Tensor:
-        """One token ``[B, 1, D]``, one kernel: ``history`` takes it in, in place, but where ``mask [B]`` is False."""
-        return torch.ops.gsa.conv_step(x[:, 0], history, self.weight, self.bias, mask)[:, None]
+        """One token ``[B, 1, D]``, one kernel: ``history`` takes it in, in place, but where ``mask [B, 1]`` is False."""
+        return conv_step_of_token(x, history, self.weight, self.bias, mask)
 
 
 class GatedSlotAttention(nn.Module):
@@ -476,13 +477,13 @@ class GatedSlotAttention(nn.Module):
         q, k, v, gate_logits = linears(hidden_states, self.q_proj, self.k_proj, self.v_proj, self.f_proj)
         if self.use_short_conv:
             q, k, v = self._convolve((q, k, v), state, mask, cu_seqlens)
-        q = q.unflatten(-1, (self.num_heads, self.head_k_dim))
-        k = k.unflatten(-1, (self.num_kv_heads, self.head_k_dim))
-        v = v.unflatten(-1, (self.num_kv_heads, self.head_v_dim))
+        q = q.view(B, T, self.num_heads, self.head_k_dim)
+        k = k.view(B, T, self.num_kv_heads, self.head_k_dim)
+        v = v.view(B, T, self.num_kv_heads, self.head_v_dim)
         swish = isinstance(self.feature_map, nn.SiLU)
         if not swish:
             q, k = self.feature_map(q), self.feature_map(k)
-        gate_logits = gate_logits.unflatten(-1, (self.num_kv_heads, self.num_slots))
+        gate_logits = gate_logits.view(B, T, self.num_kv_heads, self.num_slots)
 
         o = slot_attention(q, k, v, gate_logits, self.gate_logit_normalizer, self.scale, mask, state, cu_seqlens, swish, True).flatten(-2)
         y = self.o_proj(silu_norm(o, self.g_norm))
@@ -497,7 +498,7 @@ class GatedSlotAttention(nn.Module):
             if state.conv is None:
                 state.conv = tuple(x.new_zeros(x.shape[0], self.conv_size - 1, x.shape[-1]) for x in qkv)
             if all(x.dtype == held.dtype == conv.weight.dtype and held.is_contiguous() for x, held, conv in zip(qkv, state.conv, convs)):
-                return [conv.step(x, held, None if mask is None else mask[:, 0]) for conv, x, held in zip(convs, qkv, state.conv)]
+                return [conv.step(x, held, mask) for conv, x, held in zip(convs, qkv, state.conv)]
         segment = None if cu_seqlens is None else torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(T, device=cu_seqlens.device), right=True)
         past = None if state is None else state.conv
         histories = past or (None,) * 3

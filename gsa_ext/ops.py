@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,30 @@ from gsa_ext import _load
 State = tuple[Tensor, ...]
 _C = _load.library()
 _ops = torch.ops.gsa
+
+
+def _short(name: str, *of_token: int) -> Callable[..., Tensor]:
+    """``torch.ops.gsa.<name>(*args)``, in half the time where there is nothing about the arguments that torch's way in would have to look at.
+
+    With ``of_token`` for what a layer has: these arguments have a second axis, of one token, and so has the result.
+    """
+    native, by_torch = _C.short_way(name, sum(1 << i for i in of_token)), getattr(_ops, name)
+
+    def call(*args: Any) -> Tensor:
+        o = None if torch.compiler.is_dynamo_compiling() else native(*args)
+        if o is not None:
+            return o
+        if not of_token:
+            return by_torch(*args)
+        return by_torch(*(x[:, 0] if i in of_token and x is not None else x for i, x in enumerate(args)))[:, None]
+
+    return call
+
+
+step, step_of_token = _short("step"), _short("step", 0, 1, 2, 3, 4, 10, 12, 13)              # q, k, v, s, g, mask, cos, sin
+conv_step_of_token = _short("conv_step", 0, 4)                                               # x, mask
+window_step_of_token = _short("window_step", 0, 1, 2, 7, 8, 9)                               # q, k, v, mask, cos, sin
+silu_norm, mix = _short("silu_norm"), _short("mix")
 
 
 def chunk_gsa(
@@ -145,25 +170,6 @@ def gsa_step(
     if hk is None or hv is None:
         raise ValueError("state: expected (Hk, Hv), given None; start from zeros of shapes [P, H, K, M] and [P, H, M, V]")
     return step(q, k, v, s, g, hk, hv, z, scale, state_indices)
-
-
-def step(*args: Any) -> Tensor:
-    """``torch.ops.gsa.step(*args)``, in half the time where there is nothing about the arguments that torch's way in would have to look at."""
-    o = None if torch.compiler.is_dynamo_compiling() else _C.step(*args)
-    return _ops.step(*args) if o is None else o
-
-
-def step_of_token(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, hk: Tensor, hv: Tensor, scale: float | None, mask: Tensor | None, gate_normalizer: float,
-    cos: Tensor | None, sin: Tensor | None, silu_qk: bool, silu_v: bool,
-) -> Tensor:
-    """The same for what a layer has: all but the states have a second axis, of one token, and so has the result."""
-    if not torch.compiler.is_dynamo_compiling():
-        o = _C.step(q, k, v, None, g, hk, hv, None, scale, None, mask, gate_normalizer, cos, sin, silu_qk, silu_v, True)
-        if o is not None:
-            return o
-    mask, cos, sin = (None if x is None else x[:, 0] for x in (mask, cos, sin))
-    return _ops.step(q[:, 0], k[:, 0], v[:, 0], None, g[:, 0], hk, hv, None, scale, None, mask, gate_normalizer, cos, sin, silu_qk, silu_v)[:, None]
 
 
 def _prefill(

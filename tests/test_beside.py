@@ -30,7 +30,7 @@ def test_conv_step(dtype, width, bias, device):
     assert error(got, conv.double()(x.double())) < ALLOWED[dtype]
     assert torch.equal(history, x[:, 9 - width + 1:])
     before, mask = history.clone(), torch.tensor([True, False, True], device=device)
-    conv.to(dtype).step(torch.where(mask[:, None, None], x[:, :1], torch.nan), history, mask)
+    conv.to(dtype).step(torch.where(mask[:, None, None], x[:, :1], torch.nan), history, mask[:, None])
     assert torch.equal(history[1], before[1]) and torch.equal(history[::2], torch.cat([before, x[:, :1]], 1)[::2, 1:])
 
 

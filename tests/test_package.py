@@ -82,8 +82,8 @@ def test_import_without_a_gpu():
 
 def test_stub_says_what_is_there():
     library, stub = _load.library(), (Path(gsa_ext.__file__).parent / "_C.pyi").read_text()
-    assert {name for name in dir(library) if not name.startswith("_")} == {"built", "compiler", "set_checks", "checks", "step"}
-    assert all(name in stub for name in ("built: str", "compiler: str", "def set_checks(", "def checks(", "def step("))
+    assert {name for name in dir(library) if not name.startswith("_")} == {"built", "compiler", "set_checks", "checks", "short_way"}
+    assert all(name in stub for name in ("built: str", "compiler: str", "def set_checks(", "def checks(", "def short_way("))
     assert (Path(gsa_ext.__file__).parent / "py.typed").exists()
 
 

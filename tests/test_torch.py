@@ -10,8 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gsa_ext import _load, chunk_gsa, fused_recurrent_gsa, gsa_step, testing
-from gsa_ext.ops import step_of_token
+from gsa_ext import _load, chunk_gsa, fused_recurrent_gsa, gsa_step, ops, testing
 from gsa_ext.testing import make_inputs
 
 MODES = ["coupled", "given", "abc"]
@@ -151,66 +150,154 @@ class SeenOps(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@modes
-def test_short_way_to_the_step(mode, device):
+# arguments of the ops that have a short way, without those that have a default
+NEEDED = {"step": 10, "conv_step": 3, "window_step": 7, "silu_norm": 1, "mix": 3}
+
+
+def row_of(name, mode, device):
+    """Arguments of an op that has a short way, and the places of those that it writes. mode "extra": with what is optional."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator).to(device)
+
+    extra = mode == "extra"
+    mask, cos, sin = (torch.tensor([True, False], device=device), normal(1, 6), normal(1, 6)) if extra else (None,) * 3
+    if name == "conv_step":
+        return [normal(2, 7), normal(2, 2, 7), normal(7, 1, 3), normal(7) if extra else None, mask], (1,)
+    if name == "window_step":
+        states = normal(2, 5, 2, 8), normal(2, 5, 2, 6), torch.tensor([1, 2], device=device)
+        return [normal(2, 4, 8), normal(2, 2, 8), normal(2, 2, 6), *states, 0.3, mask, cos, sin], (3, 4, 5)
+    if name == "silu_norm":
+        return [normal(2, 3, 24), normal(24) if extra else None, 1e-5], ()
+    if name == "mix":
+        return [normal(2, 1, 4, 8), normal(2, 1, 4, 8), normal(4)], ()
+    x = make_inputs(B=2, T=1, HQ=4, H=2, K=8, V=12, M=5, mode="coupled" if extra else mode, device=device, initial_state=True)
+    row = [None if x[name] is None else x[name][:, 0] for name in "qkvsg"]
+    return [*row, *(*x["initial_state"], None)[:3], 0.7, None, mask, 8.0 if extra else 0.0, cos, sin, extra, False], (5, 6, 7)[:len(x["initial_state"])]
+
+
+def of_token(call, *places):
+    """``call``, whose arguments at ``places`` have a second axis, of one token, as it is without: with arguments and a result that do not have it."""
+    return lambda *args: call(*(x[:, None] if i in places and x is not None else x for i, x in enumerate(args)))[:, 0]
+
+
+def public_step(q, k, v, s, g, hk, hv, z, scale, where, *others):
+    assert others == (None, 0.0, None, None, False, False)
+    return gsa_step(q, k, v, s, g, (hk, hv) if z is None else (hk, hv, z), scale, where)
+
+
+# every way in from Python, with the op that it is for
+WAYS = {
+    "gsa_step": ("step", public_step, MODES),
+    "step": ("step", ops.step, [*MODES, "extra"]),
+    "step_of_token": ("step", of_token(ops.step_of_token, 0, 1, 2, 3, 4, 10, 12, 13), [*MODES, "extra"]),
+    "conv_step_of_token": ("conv_step", of_token(ops.conv_step_of_token, 0, 4), ["plain", "extra"]),
+    "window_step_of_token": ("window_step", of_token(ops.window_step_of_token, 0, 1, 2, 7, 8, 9), ["plain", "extra"]),
+    "silu_norm": ("silu_norm", ops.silu_norm, ["plain", "extra"]),
+    "mix": ("mix", ops.mix, ["plain"]),
+}
+ways = pytest.mark.parametrize("way,mode", [(way, mode) for way in WAYS for mode in WAYS[way][2]])
+
+
+@ways
+def test_short_way(way, mode, device, monkeypatch):
     """From Python straight into the dispatcher: bits and version counters as by torch.ops; whoever wants to see the call sees it."""
-    x = make_inputs(B=2, T=1, HQ=4, H=2, K=8, V=12, M=5, mode=mode, device=device, initial_state=True)
-    row = {name: None if x[name] is None else x[name][:, 0] for name in "qkvsg"}
-    named = x["initial_state"]
+    name, ours, _ = WAYS[way]
+    args, written = row_of(name, mode, device)
+    by_torch = getattr(torch.ops.gsa, name)
 
     def run(call, wrap=lambda t: t):
-        state = tuple(wrap(t.clone()) for t in named)
-        return [call(row, state), *state]
-
-    def by_torch(row, state):
-        return torch.ops.gsa.step(*row.values(), *(*state, None)[:3], 1, None)
-
-    def ours(row, state):
-        return gsa_step(**row, state=state, scale=1)  # torch takes an int for a float
+        given = [wrap(x.clone()) if isinstance(x, torch.Tensor) else x for x in args]
+        return [call(*given), *(given[i] for i in written)]
 
     want = run(by_torch)
-    assert [t._version for t in want] == [t._version for t in run(ours)]
-    same(want, run(ours))
-    same(want, run(lambda row, state: _load.library().step(*row.values(), *(*state, None)[:3], 1.0, None)))
+    assert all(not torch.equal(after, args[i]) and after._version == 1 for after, i in zip(want[1:], written))
+    with monkeypatch.context() as patched:
+        patched.setattr(torch._ops.OpOverloadPacket, "__call__", None)  # the longer way is closed
+        got = run(ours)
+    same(want, got)
+    assert [t._version for t in got[1:]] == [1] * len(written)
     for others in (SeenFunctions(), SeenOps()):
         with others:
             Seen.seen.clear()
             same(want, run(ours))
-            assert any("gsa" in str(f) and "step" in str(f) for f in Seen.seen)
+            assert any(f"gsa.{name}" in str(f) for f in Seen.seen)
     Seen.seen.clear()
     same(want, [t.as_subclass(torch.Tensor) for t in run(ours, lambda t: t.as_subclass(Seen))])
-    assert any("step" in str(f) for f in Seen.seen)
-    traced = torch.jit.trace(lambda q: gsa_step(**{**row, "q": q}, state=named, scale=1.0), row["q"], check_trace=False)
-    assert "gsa::step" in str(traced.graph)
+    assert any(f"gsa.{name}" in str(f) for f in Seen.seen)
+    traced = torch.jit.trace(lambda x: ours(x, *args[1:]), args[0], check_trace=False)
+    assert f"gsa::{name}" in str(traced.graph)
+    args, _ = row_of(name, mode, device)  # tracing has run it
     with FakeTensorMode() as fake:
-        state = tuple(map(fake.from_tensor, named))
-        assert gsa_step(**{name: None if t is None else fake.from_tensor(t) for name, t in row.items()}, state=state).shape == (2, 4, 12)
+        held = [fake.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in args]
+        assert ours(*held).shape == want[0].shape
+    with torch.autocast(torch.device(device).type, torch.bfloat16):
+        same(run(by_torch), run(ours))
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    same(want, run(torch.compile(ours, fullgraph=True, backend=backend)))
+    assert f"gsa.{name}" in graphs[0].code
 
 
-@pytest.mark.parametrize("extra", [False, True], ids=["plain", "mask, rotation"])
-def test_short_way_to_a_layers_step(extra, device):
-    x = make_inputs(B=2, T=1, HQ=4, H=2, K=8, V=12, M=5, device=device, initial_state=True)
-    q, k, v, g = (x[name] for name in "qkvg")
-    mask, turn = (torch.tensor([[True], [False]], device=device), q[:1, :, 0, :6]) if extra else (None, None)
-    states = [tuple(t.clone() for t in x["initial_state"]) for _ in range(3)]
-    first = [None if t is None else t[:, 0] for t in (mask, turn)]
-    want = torch.ops.gsa.step(q[:, 0], k[:, 0], v[:, 0], None, g[:, 0], *states[0], None, None, None, first[0], 8.0, first[1], first[1], True, False)[:, None]
-    same([want, *states[0]], [step_of_token(q, k, v, g, *states[1], None, mask, 8, turn, turn, True, False), *states[1]])
+@ways
+def test_short_way_refuses_what_torch_refuses(way, mode, device):
+    """The same exception with the same words, or the same result, for each argument with another dtype or shape, requiring grad, or a string for a number."""
+    name, ours, _ = WAYS[way]
+    args, _ = row_of(name, mode, device)
+
+    def told(call, i, wrong):
+        given = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
+        given[i] = wrong()
+        try:
+            return "", call(*given)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}", None
+
+    refused = set()
+    for i, x in enumerate(args):
+        wrongs = {}
+        if isinstance(x, torch.Tensor):
+            wrongs = {"dtype": lambda x=x: x.to(torch.int8), "shape": lambda x=x: x[..., None].clone(), "grad": lambda x=x: (x * 1.0).requires_grad_()}
+        elif isinstance(x, float) and not (way == "gsa_step" and i > 9):     # it has no such argument
+            wrongs = {"number": lambda: "1"}
+        for kind, wrong in wrongs.items():
+            (want, result), (got, ours_result) = told(getattr(torch.ops.gsa, name), i, wrong), told(ours, i, wrong)
+            assert got == want and (want or torch.equal(ours_result, result))
+            refused |= {kind} if want else set()
+    assert refused >= {"dtype"} | ({"shape", "grad"} if "step" in name else set()) | ({"number"} if any(isinstance(x, float) for x in args) else set())
+
+
+@ways
+def test_short_way_knows_what_it_may_take(way, mode, device):
+    """What is nothing for it is left to torch, which says what is wrong, or knows more."""
+    name = WAYS[way][0]
+    good, call = row_of(name, mode, device)[0], _load.library().short_way(name, 0)
+    assert isinstance(call(*good), torch.Tensor)
+    for i, x in enumerate(good):
+        bad = [good[0].as_subclass(Seen), "1", [1.0], *([None] if i == 0 else [])]
+        bad += [True, 10**400] if isinstance(x, float) else [0, None] if isinstance(x, bool) else [1.0]
+        for wrong in bad:
+            assert call(*good[:i], wrong, *good[i + 1:]) is None, (i, wrong)
+    for count in {*range(len(good))} - {NEEDED[name]}:
+        assert call(*good[:count]) is None
+    assert call() is None and call(*good, None) is None
+    with pytest.raises(ValueError, match="chunk"):
+        _load.library().short_way("chunk", 0)
+    few, others = (row_of(name, mode, device)[0][:NEEDED[name]] for _ in range(2))
+    assert torch.equal(call(*few), getattr(torch.ops.gsa, name)(*others))
+    whole, others = ([2 if isinstance(x, float) and x else x for x in row_of(name, mode, device)[0]] for _ in range(2))  # torch takes an int for a float
+    assert torch.equal(call(*whole), getattr(torch.ops.gsa, name)(*others))
+    results = []
     with SeenFunctions():
-        same([want, *states[0]], [step_of_token(q, k, v, g, *states[2], None, mask, 8, turn, turn, True, False), *states[2]])
-
-
-def test_short_way_knows_what_it_may_take(device):
-    x = make_inputs(B=2, T=1, HQ=4, H=2, K=8, V=12, M=5, device=device, initial_state=True)
-    good = [*(None if x[name] is None else x[name][:, 0] for name in "qkvsg"), *x["initial_state"], None, None, None]
-    step = _load.library().step
-    assert step(*good).shape == (2, 4, 12)
-    other = good[0].as_subclass(Seen)
-    for at, bad in ((0, other), (0, None), (0, [1.0]), (4, other), (5, other), (7, "z"), (8, "1"), (8, True), (8, 10**400), (9, other)):
-        assert step(*good[:at], bad, *good[at + 1:]) is None
-    assert step() is None and step(*good[:9]) is None and step(*good, None) is None and step(*good, None, 0.0, None, None, 0, False) is None
-    with pytest.raises(RuntimeError, match="scale"):  # torch's own way in says what is wrong
-        gsa_step(**{name: t for name, t in zip("qkvsg", good)}, state=x["initial_state"], scale="1")
+        results.append(call(*good))
+    torch.jit.trace(lambda x: (x + 1, results.append(call(*good)))[0], good[0], check_trace=False)
+    assert results == [None, None]
 
 
 # ------------------------------------------------------------------------------------------------------------ compile, export

@@ -16,6 +16,7 @@ from gsa_ext.hf.cache import GSACacheLayer
 from gsa_ext.hf.rotary import is_half_rotation, is_half_rotation_to_the_bit
 from gsa_ext.hf.window import causal_attention, window_attention, window_step
 from gsa_ext.layer import RMSNorm, Rotary, layer_state, linears, silu_norm, slot_attention
+from gsa_ext.ops import mix
 
 if TYPE_CHECKING:
     from gsa_ext.hf.families import Family
@@ -72,7 +73,7 @@ class WindowMix(nn.Module):
         share = torch.sigmoid(self.weight).to(o.dtype)
         if torch.compiler.is_compiling():                                # a compiler sees through the formula
             return torch.lerp(o, beside, share[:, None])
-        return torch.ops.gsa.mix(o, beside, share)
+        return mix(o, beside, share)
 
 
 class GSAAttention(nn.Module):
@@ -103,6 +104,7 @@ class GSAAttention(nn.Module):
         self.lowest_logit = None if kept is None else math.log(kept / (1 - kept))
         self.softmax_scale: float = attention.scaling
         self.softmax_window = family.window(attention)
+        self.clip: float | None = getattr(config, "clip_qkv", None)      # of q, k and v; each look at a config of transformers takes microseconds
         self.rotates = family.rotates(attention)
         self._family = family
         self.apply_rotary = getattr(sys.modules[type(attention).__module__], family.rotary)

@@ -72,11 +72,11 @@ class Family:
         q, k, v = (x.unflatten(-1, (-1, module.head_dim)) for x in (q, k, v))
         if not self.wide_norms:
             q, k = self.normalise(module, q, k)
-        clip = getattr(module.config, "clip_qkv", None)
+        clip = module.clip
         return (q, k, v) if clip is None else (q.clamp(-clip, clip), k.clamp(-clip, clip), v.clamp(-clip, clip))
 
     def normalise(self, module: GSAAttention, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        q_norm, k_norm = (getattr(module, name, None) for name in self.norms)
+        q_norm, k_norm = map(module._modules.get, self.norms)                # getattr takes long to find that there is none
         return q if q_norm is None else q_norm(q), k if k_norm is None else k_norm(k)
 
     def rotate(self, module: GSAAttention, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

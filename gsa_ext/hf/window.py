@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from gsa_ext.layer import Rotary
+from gsa_ext.ops import window_step_of_token
 
 FEWER_HEADS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}     # torch 2.11 takes them anyway
 
@@ -169,11 +170,11 @@ def window_step(
     if rotary is not None:
         if not rotary.in_kernel(q):
             return None
-        cos, sin = rotary.cos[:, 0], rotary.sin[:, 0]
-    if any(x.dtype != q.dtype for x in (k, v, past.keys, past.values)) or not all(x.is_contiguous() for x in past):
+        cos, sin = rotary.cos, rotary.sin
+    keys, values, filled = past
+    if not (q.dtype == k.dtype == v.dtype == keys.dtype == values.dtype and keys.is_contiguous() and values.is_contiguous() and filled.is_contiguous()):
         return None
-    token = None if mask is None else mask[:, 0]
-    return torch.ops.gsa.window_step(q[:, 0], k[:, 0], v[:, 0], *past, scale, token, cos, sin)[:, None], past
+    return window_step_of_token(q, k, v, keys, values, filled, scale, mask, cos, sin), past
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
