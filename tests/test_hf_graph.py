@@ -164,3 +164,4 @@ def test_a_step_that_cannot_be_recorded(cuda):
         warnings.simplefilter("ignore")
         model.generate(**prompt(cuda), max_new_tokens=4)
     assert torch.equal(model.generate(**prompt(cuda), max_new_tokens=4), want)
+    torch.randn(1, device=cuda)

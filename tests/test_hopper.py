@@ -28,7 +28,7 @@ in_parts = pytest.mark.parametrize("hopper", ["parts", "few"], indirect=True)
 def test_the_environment_decides(cuda, kernels_of, monkeypatch):
     """Few heads go in parts, or forward in segments; many walk; GSA_KERNELS overrules it."""
     few, many = make_inputs(1, 200, 2, dtype=BF16, device=cuda), make_inputs(4, 200, 33, dtype=BF16, device=cuda)
-    long, row = make_inputs(1, 1024, 32, dtype=BF16, device=cuda), make_inputs(lengths=[1024], dtype=BF16, device=cuda)
+    long, row = make_inputs(1, 2048, 32, dtype=BF16, device=cuda), make_inputs(lengths=[1024], dtype=BF16, device=cuda)
     packed = make_inputs(lengths=[600, 600], dtype=BF16, device=cuda)
     ways = {
         "segments": {"join_kernel", "forward_kernel", "keys_kernel"},

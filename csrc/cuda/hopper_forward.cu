@@ -16,6 +16,8 @@
 //     windows[2]           windows           keys, values      window_full / window_free
 //     Hk, Hv               keys; values      the same          the warpgroup's own
 //     P (hi, lo), P exp(ref)   keys          values            p_full / p_free
+#include <algorithm>
+
 #include "core/hopper.cuh"
 #include "core/select.cuh"
 #include "hopper.h"
@@ -291,7 +293,7 @@ __global__ __launch_bounds__(512, 1) void forward_kernel(const __grid_constant__
 #endif
 }
 
-constexpr int64_t kLeastChunks = 4;  // of a segment: fewer are over before what comes before them pays
+constexpr int64_t kPartsAtMost = 32;  // of a sequence, that join_kernel goes through one after the other
 
 bool aligned(const View& x) { return ((reinterpret_cast<uintptr_t>(x.ptr) | x.batch * 2 | x.token * 2 | x.head * 2) & 15) == 0; }
 
@@ -322,8 +324,12 @@ Segments hopper_segments(const Params& p) {
   if (wanted == Kernels::hopper || (enough && wanted != Kernels::segments)) return {1};
   // As many segments as there is room for beside each other, and for what is before them as many scans, two blocks to a multiprocessor.
   int64_t count = wanted == Kernels::segments ? 3 : at_once / max(blocks, int64_t(1)), scans = 2;
-  if (p.cu_seqlens || count < 2 || (wanted != Kernels::segments && chunks < kLeastChunks * count)) return {};
-  if (wanted != Kernels::segments) scans = min(max(2 * at_once / ((count - 1) * p.N * p.H * 2 * (p.K / 64)), int64_t(1)), int64_t(4));
+  if (p.cu_seqlens || count < 2) return {};
+  if (wanted != Kernels::segments) {
+    if (chunks < count * max(int64_t(5), count / 3)) return {};  // over before what comes before the walk pays; measured
+    scans = std::min({2 * at_once / ((count - 1) * p.N * p.H * 2 * (p.K / 64)), kPartsAtMost / (count - 1), int64_t(4)});
+    scans = max(scans, int64_t(1));
+  }
   const int64_t each = ceil_div(chunks, count * scans);
   return {static_cast<int>(ceil_div(chunks, each * scans)), static_cast<int>(scans), static_cast<int>(each)};
 }

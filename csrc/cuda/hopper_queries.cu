@@ -216,6 +216,9 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void queries_kernel(const _
     if (threadIdx.x == 0) {
       init(&m.S_full, 1);
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncwarp();
+    if (threadIdx.x == 0) {
       arrive_expecting(&m.S_full, sizeof(m.S));
       for (int b = 0; b < BANKS; ++b) bulk_load(m.S[b], image[b].S, sizeof(m.S[b]), &m.S_full);
     }
@@ -260,7 +263,7 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void queries_kernel(const _
     float y[4][4];  // e in the place of o, Yk in that of dp, Yv in y
     {
       float s[4][4];
-      strengths(s, m.S[bank][0], R, half, warp);
+      strengths(s, m.S[bank][0], R, half, row);
       times(o, R), times(dp, R);
       cotangents(o, dp, y, s, R, d, b, sums.of, own, bank * kSlots + half * 32, p.M, scale, row, [] { __syncthreads(); });
     }

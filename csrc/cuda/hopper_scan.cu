@@ -206,7 +206,8 @@ __global__ __launch_bounds__(kThreads) void join_kernel(const __grid_constant__ 
       if (first + k < segments.before()) {
         const float *const from = part + (first + k) * p.H * each, *const decay = from + size;
         x[k] = *reinterpret_cast<const float4*>(from + i);
-        f[k] = values ? make_float4(decay[own / p.V], decay[own / p.V], decay[own / p.V], decay[own / p.V]) : *reinterpret_cast<const float4*>(decay + own % p.M);
+        f[k] =
+            values ? make_float4(decay[own / p.V], decay[own / p.V], decay[own / p.V], decay[own / p.V]) : *reinterpret_cast<const float4*>(decay + own % p.M);
       }
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k)

@@ -114,7 +114,7 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
       float y[4][4], s[4][4], d[2], b[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) d[h] = m.diagonal[0][row + 8 * h], b[h] = m.diagonal[1][row + 8 * h];
-      strengths(s, m.gates.S[0], R, half, warp);
+      strengths(s, m.gates.S[0], R, half, row);
       times(o, R), times(dp, R);
       cotangents(o, dp, y, s, R, d, b, m.sums(), half, half * 32, p.M, scale, row, [] { sync(kOfQueries, 256); });
       sync(kOfQueries, 256);  // what lies in Y is done with
@@ -262,7 +262,8 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
 
 // Keys, or values.
 template <class E, int D>
-__device__ __forceinline__ void walk_keys(const BackwardParams& p, WalkShared<E, D>& m, const E* boundary, int chunks, int first_slot, int64_t n, int head, const int values) {
+__device__ __forceinline__ void walk_keys(const BackwardParams& p, WalkShared<E, D>& m, const E* boundary, int chunks, int first_slot, int64_t n, int head,
+                                          const int values) {
   constexpr int NT = D / 8;
   const int own = 6 + values;  // barrier of this warpgroup
   const int tid = threadIdx.x % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0), row = warp * 16 + frag_row();

@@ -33,7 +33,7 @@ template <class E>
 struct WideKeysShared {
   alignas(1024) E tiles[kStages][4][kTile];
   float edge[kSlots];
-  uint64_t full[kStages];
+  uint64_t full[kStages], met;
 };
 static_assert(sizeof(WideKeysShared<bf16>) <= 113 * 1024);
 
@@ -69,13 +69,14 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_keys_kernel(const __grid
   const WideSaved<E>* const saved = reinterpret_cast<const WideSaved<E>*>(w.saved) + c.slot * p.HQ + head * r;
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) init(m.full + i, 1);
+    init(&m.met, kWideThreads);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
 
   Step next;  // to be sent off, to stage `free`
   int stage = 0, free = 0;
-  uint32_t parity = 0;
+  uint32_t parity = 0, met = 0;
   auto load = [&] {
     E(&to)[4][kTile] = m.tiles[free];
     uint64_t* const full = m.full + free;
@@ -107,7 +108,8 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_keys_kernel(const __grid
     cp_async_wait_for<kStages - 2>();
     wait(m.full + stage, parity);
     publish();
-    sync(1, kWideThreads);  // everybody is done with the one before it
+    arrive(&m.met), wait(&m.met, met);  // everybody is done with the one before it
+    met ^= 1;
     load();
     const E* t = m.tiles[stage][0];
     if (++stage == kStages) stage = 0, parity ^= 1;

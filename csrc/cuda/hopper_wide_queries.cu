@@ -185,7 +185,7 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_queries_kernel(const __g
   float* const other = reinterpret_cast<float*>(m.S);
   if (!cut) {
     get(R, image.R + half * 2048, tid);
-    strengths(s, m.S[0], R, half, warp);
+    strengths(s, m.S[0], R, half, row);
     times(o, R), times(dp, R);
   } else {
     exact_gates<E>(p, c.slot, head, 0, exact.a, exact.s);

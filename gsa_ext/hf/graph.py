@@ -142,6 +142,8 @@ class _Step:
             with torch.cuda.graph(graph):
                 out = step()
         except RuntimeError as error:
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):                   # or torch's generator thinks that it goes on: no random numbers any more
+                torch.zeros(1, device="cuda")
             raise RuntimeError("decode_graph: this model's step cannot be recorded, because its forward pass waits for the device or looks at numbers; "
                                f"generate without decode_graph ({error})") from error
 

@@ -44,8 +44,8 @@ enum class Kernels { automatic, portable, hopper, segments, parts, few };
 inline Kernels wanted_kernels() {
   const char* name = std::getenv("GSA_KERNELS");
   const std::string_view x = name ? name : "";
-  for (const auto& [kernels, called] : {std::pair(Kernels::portable, "portable"), std::pair(Kernels::hopper, "hopper"), std::pair(Kernels::segments, "segments"),
-                                        std::pair(Kernels::parts, "parts"), std::pair(Kernels::few, "few")})
+  for (const auto& [kernels, called] : {std::pair(Kernels::portable, "portable"), std::pair(Kernels::hopper, "hopper"),
+                                        std::pair(Kernels::segments, "segments"), std::pair(Kernels::parts, "parts"), std::pair(Kernels::few, "few")})
     if (x == called) return kernels;
   return Kernels::automatic;
 }
