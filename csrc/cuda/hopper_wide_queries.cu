@@ -116,6 +116,9 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_queries_kernel(const __g
     if (threadIdx.x == 0) {
       init(&m.S_full, 1);
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncwarp();
+    if (threadIdx.x == 0) {
       arrive_expecting(&m.S_full, sizeof(m.S));
       bulk_load(m.S, image.S, sizeof(m.S), &m.S_full);
     }
