@@ -1,8 +1,22 @@
 // The kernels for Hopper, beside the portable ones.
 #pragma once
+#include <cuda.h>
+
 #include "../params.h"
 
 namespace gsa::cuda {
+
+// What the copy engine is told of a tensor [B, T, heads, D] of 16 bits: it brings 64 columns of a head, of 64 tokens or of one. Beyond the tensor is nothing but zeros.
+struct TokenMap {
+  CUtensorMap tokens, token;
+};
+struct InputMaps {
+  TokenMap q, k, v, d_o;
+};
+InputMaps input_maps(const Params& p);
+InputMaps input_maps(const BackwardParams& p);
+// And of the boundary states: 64 slots of 64 rows.
+CUtensorMap boundary_map(const Params& p, const void* boundary);
 
 // Whether they take this call: sm_90a, 16-bit inputs, K = V = 64 or 128 and M a multiple of 8 up to 128, or K = V = 256 or 512 and M up to 64, rows on 16-byte
 // boundaries.
@@ -64,6 +78,7 @@ struct BackwardWorkspace {
   void *gates, *saved, *E0;
   float *edge, *products;  // products: as in hopper_states
 };
+int hopper_query_heads(const Params& p);  // that a block of hopper_queries has: of so many e is one
 void hopper_queries(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w);
 void hopper_cotangents(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w);
 void hopper_keys(const BackwardParams& p, const BackwardWorkspace& w);

@@ -8,11 +8,11 @@
 // Four warpgroups: two make the windows (R, S, ref; core/hopper.cuh), one has the keys, one the values, a window behind, and both bring their tokens, a chunk ahead.
 // X and A2 are operands in two parts (16 + 16 bits), S too: what is rounded to 16 bits is the states as operands, and P in front of them. Query heads of a group have
 // a block each and share k, v and g through the cache; the first of them writes the states. Making a window takes longer than using it: for a group the windows are
-// made once, by hopper_gates.cu, and one warpgroup brings them (`images`), another the tokens; sequences and heads with a chunk of several are left to a second launch.
+// made once, by hopper_gates.cu, and one thread brings them and the tokens (`images`); sequences and heads with a chunk of several are left to a second launch.
 // With few sequences and heads a block has a segment of a sequence, begins with the state that hopper_scan.cu has found for it, and is otherwise none the wiser.
 //
 //     shared memory        written by        read by           barriers (full / empty)
-//     tokens[2]: q, k, v   keys; values      the same          the warpgroup's own; with images tokens_full / keys_free, values_free
+//     tokens[2]: q, k, v   keys; values      the same          the warpgroup's own; with images tokens_full, tokens_free [side]
 //     windows[2]           windows           keys, values      window_full / window_free
 //     Hk, Hv               keys; values      the same          the warpgroup's own
 //     P (hi, lo), P exp(ref)   keys          values            p_full / p_free
@@ -38,7 +38,7 @@ struct ForwardShared {
   E H[2][64 * D];  // [D][64] of the keys, of the values
   E P[3][kTile];  // hi, lo, times exp(ref)
   typename GateMaker<E, 8, true>::Scratch scratch;
-  uint64_t tokens_full[2], keys_free[2], values_free[2], window_full[2], window_free[2], p_full, p_free;
+  uint64_t tokens_full[2][2], tokens_free[2][2], window_full[2], window_free[2], p_full, p_free;  // tokens: [side]
   int found;
 };
 
@@ -89,7 +89,7 @@ __device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary
     c.select(p, i, kChunk);
     if (boundary && owner) store_state<D>(boundary + ((c.slot * p.H + head) * 2 + values) * int64_t(D) * p.M, tile, p.M, tid);
     if (images) {
-      wait(m.tokens_full + tokens.i, tokens.parity);
+      wait(m.tokens_full[values] + tokens.i, tokens.parity);
     } else {
       cp_async_wait_for<1>();
       publish();
@@ -165,7 +165,7 @@ __device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary
       publish();
       sync(own, 128);
     }
-    if (images) arrive_warp((values ? m.values_free : m.keys_free) + tokens.i);
+    if (images) arrive_warp(m.tokens_free[values] + tokens.i);
     tokens.next();
   }
   if (float* out = static_cast<float*>(values ? p.hvT : p.hkT))
@@ -174,9 +174,13 @@ __device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary
 
 // images: nullptr, or those of hopper_gates.cu, and `cut` is written; else what is not cut is left out, if there is a `cut`. leaves: the windows that are whole chunks
 // are left in gate_images.
+template <bool images>
+constexpr int kThreads = images ? 384 : 512;
+
 template <class E, int D, bool images, bool leaves>
-__global__ __launch_bounds__(512, 1) void forward_kernel(const __grid_constant__ ForwardParams p, E* boundary, GateImage<E>* gate_images, int* cut,
-                                                         const __grid_constant__ Segments segments, const float* starts) {
+__global__ __launch_bounds__(kThreads<images>, 1) void forward_kernel(const __grid_constant__ ForwardParams p, const __grid_constant__ InputMaps maps,
+                                                                      E* boundary, GateImage<E>* gate_images, int* cut,
+                                                                      const __grid_constant__ Segments segments, const float* starts) {
 #if GSA_HOPPER
   extern __shared__ __align__(1024) char memory[];
   auto& m = *reinterpret_cast<ForwardShared<E, D, images>*>(memory);
@@ -187,8 +191,8 @@ __global__ __launch_bounds__(512, 1) void forward_kernel(const __grid_constant__
   const int role = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), tid = threadIdx.x % 128;
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2; ++i) {
-      init(m.tokens_full + i, 128), init(m.window_full + i, images ? 1 : 256);
-      init(m.keys_free + i, 4), init(m.values_free + i, 4), init(m.window_free + i, 256);
+      for (int side = 0; side < 2; ++side) init(m.tokens_full[side] + i, 1), init(m.tokens_free[side] + i, 4);
+      init(m.window_full + i, images ? 1 : 256), init(m.window_free + i, 256);
     }
     init(&m.p_full, 4), init(&m.p_free, 4);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -205,36 +209,28 @@ __global__ __launch_bounds__(512, 1) void forward_kernel(const __grid_constant__
   if constexpr (images) {
     const GateImage<E>* image = gate_images + c.seq.slot * p.H + head;
     bool several = false;
-    for (int64_t i = threadIdx.x; i < chunks; i += 512) several |= image[i * p.H].cut != 0;
+    for (int64_t i = threadIdx.x; i < chunks; i += kThreads<images>) several |= image[i * p.H].cut != 0;
     several = __syncthreads_or(several);
     if (threadIdx.x == 0 && q_head % (p.HQ / p.H) == 0) cut[item * p.H + head] = several;
     if (several) return;
-    if (role == 0) {  // windows
-      give_registers<24>();
+    if (role == 0) {  // tokens and windows
+      give_registers<40>();
       if (tid) return;
       Turn turn;
       for (int64_t i = 0; i < chunks; ++i, turn.next()) {
-        wait(m.window_free + turn.i, turn.parity ^ 1);
-        constexpr uint32_t bytes = offsetof(GateImage<E>, cut);
-        arrive_expecting(m.window_full + turn.i, bytes);
-        bulk_load(m.windows + turn.i, image + i * p.H, bytes, m.window_full + turn.i);
-      }
-      return;
-    }
-    if (role == 3) {  // tokens
-      give_registers<48>();
-      Turn turn;
-      for (int64_t i = 0; i < chunks; ++i, turn.next()) {
+        constexpr uint32_t token_bytes = 64 * D * 2, window_bytes = offsetof(GateImage<E>, cut);
+        uint64_t *const keys_full = m.tokens_full[0] + turn.i, *const values_full = m.tokens_full[1] + turn.i, *const window_full = m.window_full + turn.i;
         c.select(p, i, kChunk);
-        wait(m.keys_free + turn.i, turn.parity ^ 1);
-        load_tokens<D, 128>(m.q[turn.i], rows_of(p.q, c, q_head), c.length, tid);
-        load_tokens<D, 128>(m.k[turn.i], rows_of(p.k, c, head), c.length, tid);
-        wait(m.values_free + turn.i, turn.parity ^ 1);
-        load_tokens<D, 128>(m.v[turn.i], rows_of(p.v, c, head), c.length, tid);
-        cp_async_commit();
-        cp_async_wait_for<0>();
-        publish();
-        arrive(m.tokens_full + turn.i);
+        wait(m.tokens_free[0] + turn.i, turn.parity ^ 1);
+        arrive_expecting(keys_full, 2 * token_bytes);
+        bring_tokens<D>(m.q[turn.i], maps.q, p, c, q_head, keys_full);
+        bring_tokens<D>(m.k[turn.i], maps.k, p, c, head, keys_full);
+        wait(m.window_free + turn.i, turn.parity ^ 1);
+        arrive_expecting(window_full, window_bytes);
+        bulk_load(m.windows + turn.i, image + i * p.H, window_bytes, window_full);
+        wait(m.tokens_free[1] + turn.i, turn.parity ^ 1);
+        arrive_expecting(values_full, token_bytes);
+        bring_tokens<D>(m.v[turn.i], maps.v, p, c, head, values_full);
       }
       return;
     }
@@ -287,7 +283,7 @@ __global__ __launch_bounds__(512, 1) void forward_kernel(const __grid_constant__
     }
     return;
   }
-  take_registers<images ? 216 : leaves ? 136 : 168>();
+  take_registers<images ? 232 : leaves ? 136 : 168>();
   if (role == 1) forward_half<E, D, images, leaves, false>(p, boundary, m, c, n, head, q_head, start, gate_images);
   else forward_half<E, D, images, leaves, true>(p, boundary, m, c, n, head, q_head, start, gate_images);
 #endif
@@ -338,8 +334,9 @@ void hopper_forward(const ForwardParams& p, void* boundary, const void* images, 
   const Segments segments = hopper_segments(p);
   select_hopper(p, [&]<class E, int D>() {
     auto run = [&]<bool brought>() {
-      launch("hopper_forward", forward_kernel<E, D, brought, false>, p.N * segments.count * p.HQ, 512, sizeof(ForwardShared<E, D, brought>), p.stream, p,
-             static_cast<E*>(boundary), static_cast<GateImage<E>*>(const_cast<void*>(images)), cut, segments, starts);
+      launch("hopper_forward", forward_kernel<E, D, brought, false>, p.N * segments.count * p.HQ, kThreads<brought>, sizeof(ForwardShared<E, D, brought>),
+             p.stream, p, brought ? input_maps(static_cast<const Params&>(p)) : InputMaps{}, static_cast<E*>(boundary),
+             static_cast<GateImage<E>*>(const_cast<void*>(images)), cut, segments, starts);
     };
     if (images) run.template operator()<true>();
     run.template operator()<false>();
@@ -348,8 +345,8 @@ void hopper_forward(const ForwardParams& p, void* boundary, const void* images, 
 
 void hopper_forward_states(const ForwardParams& p, void* boundary, void* images) {
   select_hopper(p, [&]<class E, int D>() {
-    launch("hopper_forward", forward_kernel<E, D, false, true>, p.N * p.HQ, 512, sizeof(ForwardShared<E, D, false>), p.stream, p, static_cast<E*>(boundary),
-           static_cast<GateImage<E>*>(images), static_cast<int*>(nullptr), Segments{1}, static_cast<const float*>(nullptr));
+    launch("hopper_forward", forward_kernel<E, D, false, true>, p.N * p.HQ, kThreads<false>, sizeof(ForwardShared<E, D, false>), p.stream, p, InputMaps{},
+           static_cast<E*>(boundary), static_cast<GateImage<E>*>(images), static_cast<int*>(nullptr), Segments{1}, static_cast<const float*>(nullptr));
   });
 }
 

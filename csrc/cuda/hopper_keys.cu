@@ -20,8 +20,10 @@
 // token (core/exact.cuh), outer is multiplied by exp(G_end - G), R is 1. First dk, dv and outer, then inner and the diagonal: fewer registers at a time, more loads.
 //
 //     shared memory      holds
-//     A, B, Y            for a side and query head, with two banks also for the next: tokens, Y in two parts
-//     E0                 for a side: E, of the values in two parts; they come when the keys' first head no longer needs it. With Y: in the end the terms of dg
+//     stage              for a side and query head: A, Y in two parts; there are two, by turns, so that one is on its way while the other is worked on
+//     B                  for a side; with two banks for both
+//     E0                 for a side: E, of the values in two parts. With one bank in the place of the second stage, which comes when it is done with. With Y: in the end
+//                        the terms of dg
 //     S                  in two parts
 //     outer              with one bank, where there are no registers for it; as accumulators lie
 //     stages, at last    inner and the diagonal of the half that is given away; with two banks, outer
@@ -36,18 +38,19 @@ using namespace hopper;
 
 template <class E, int D, int BANKS>
 struct KeysShared {
-  static constexpr int stages = BANKS;
   struct Stage {
-    alignas(1024) E A[64 * D], B[64 * D], Y[BANKS][2][kTile];
+    alignas(1024) E A[64 * D], Y[BANKS][2][kTile];
   };
-  Stage stage[stages];
-  E E0[BANKS][2][64 * D], S[BANKS][2][kTile];
+  Stage stage[2];
+  E B[BANKS][64 * D], S[BANKS][2][kTile];
   float outer[BANKS == 1 ? 64 * 64 : 4];
-  uint64_t full[stages], E_full, tokens_full, step_done;
+  alignas(BANKS == 1 ? 16 : 1024) E apart[BANKS == 1 ? 8 : BANKS * 2 * 64 * D];
+  uint64_t full[2], free[2], B_full, E_full, finished;  // full, free: of a stage
+  __device__ E* E0(int bank, int part) { return BANKS == 1 ? reinterpret_cast<E*>(stage + 1) + part * 64 * D : apart + (bank * 2 + part) * 64 * D; }
   // Of a bank, in the end.
   __device__ float* given(int bank) { return reinterpret_cast<float*>(stage) + bank * 2 * 64 * 32; }
   __device__ float* outer_of(int bank) { return BANKS == 1 ? outer : given(BANKS) + bank * 64 * 64; }
-  static_assert(BANKS * 32 * 1024 <= sizeof(Stage) * stages);
+  static_assert(BANKS * (BANKS == 1 ? 32 : 48) * 1024 <= 2 * sizeof(Stage) + sizeof(E) * BANKS * 64 * D);
 };
 static_assert(sizeof(KeysShared<bf16, 128, 1>) <= 113 * 1024 && sizeof(KeysShared<bf16, 128, 2>) <= 227 * 1024);
 
@@ -55,7 +58,8 @@ static_assert(sizeof(KeysShared<bf16, 128, 1>) <= 113 * 1024 && sizeof(KeysShare
 // exp(G_end - G), S is s, a plain fp32 tile as exp_g is.
 template <bool exact, int D, int BANKS, class E>
 __device__ __forceinline__ void gate_gradients(const BackwardParams& p, const Backward<E>& w, const Chunk& c, int head, float (&inner)[4][4],
-                                               float (&outer)[4][4], float (&diagonal)[4][4], const E* S, const float* exp_g, E* terms, int own, int tid) {
+                                               float (&outer)[4][4], float (&diagonal)[4][4], const E* S, const float* exp_g, E* terms, int own, int tid,
+                                               int heads) {
   const int r = p.HQ / p.H, bank = own % BANKS, half = own / BANKS, warp = __shfl_sync(0xffffffffu, tid / 32, 0);
   const int row = warp * 16 + frag_row(), col = half * 32 + frag_col();
   const int64_t at = (c.slot * p.H + head) * BANKS;
@@ -64,7 +68,7 @@ __device__ __forceinline__ void gate_gradients(const BackwardParams& p, const Ba
   float T[4][4], s[4][4];  // terms of dg from the back; if exact write strengths, then exp(g). From the front in the place of outer, ds in that of inner
   zero(T);
 #pragma unroll 1
-  for (int h = 0; h < r; ++h) {
+  for (int h = 0; h < r; h += heads) {
     const float4* e = reinterpret_cast<const float4*>(w.saved[(c.slot * p.HQ + head * r + h) * BANKS + bank].e) + half * 512 + tid;
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
@@ -139,12 +143,13 @@ struct ExactKeys {
 
 // Finds everything anew: what the usual way keeps in registers is its own.
 template <class E, int D, int BANKS>
-__device__ __forceinline__ void exact_keys(const BackwardParams& p, const Backward<E>& w, char* memory) {
+__device__ __forceinline__ void exact_keys(const BackwardParams& p, const Backward<E>& w, int heads, char* memory) {
 #if GSA_HOPPER
   constexpr int kThreads = 256 * BANKS, width = D / (2 * BANKS);  // dimensions of dk and dv that a warpgroup has
   auto& m = *reinterpret_cast<ExactKeys<E, D, BANKS>*>(memory);
-  uint64_t* const full = &reinterpret_cast<KeysShared<E, D, BANKS>*>(memory)->E_full;
   using Usual = KeysShared<E, D, BANKS>;
+  auto& usual = *reinterpret_cast<Usual*>(memory);
+  uint64_t* const full = &usual.E_full;
   static_assert(sizeof(m) <= offsetof(Usual, full));
   const int r = p.HQ / p.H, block = kept(blockIdx.x), head = block % p.H;
   Chunk c;
@@ -154,7 +159,7 @@ __device__ __forceinline__ void exact_keys(const BackwardParams& p, const Backwa
   const int rows_bank = thread / kExactThreads, i = RowSlots::row();  // whose row, and which, this thread has where it is token by token
   const int64_t at_bank = (c.slot * p.H + head) * BANKS;
   float *const X = m.X[rows_bank], *const Y = m.Y[rows_bank], *const a = m.a[rows_bank], *const s = m.s[rows_bank];
-  cp_async_wait_for<0>();  // what the usual way sent for
+  wait(usual.full, 0), wait(&usual.B_full, 0), wait(full, 0);  // what the usual way sent for
   __syncthreads();
   exact_gates<E>(p, c.slot, head, rows_bank, a, s);
   auto load_A = [&](int side, int h) {
@@ -192,7 +197,7 @@ __device__ __forceinline__ void exact_keys(const BackwardParams& p, const Backwa
       }
     }
     cp_async_wait_for<0>();
-    wait(full, side);
+    wait(full, side ^ 1);
     publish();
     __syncthreads();
     float dx[width / 8][4];
@@ -306,12 +311,13 @@ __device__ __forceinline__ void exact_keys(const BackwardParams& p, const Backwa
 #pragma unroll
     for (int e = 0; e < 4; ++e) outer[t][e] *= decay[t][e];
   gate_gradients<true, D, BANKS>(p, w, c, head, inner, outer, diagonal, reinterpret_cast<const E*>(m.s[bank]), m.a[bank],
-                                 reinterpret_cast<E*>(m.X) + own * 2 * kTile, own, tid);
+                                 reinterpret_cast<E*>(m.X) + own * 2 * kTile, own, tid, heads);
 #endif
 }
 
 template <class E, int D, int BANKS>
-__global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ Backward<E> w) {
+__global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ Backward<E> w,
+                                                                      int heads, const __grid_constant__ InputMaps maps) {
 #if GSA_HOPPER
   extern __shared__ __align__(1024) char memory[];
   constexpr int kThreads = 256 * BANKS, width = D / BANKS;  // dimensions of dk and dv that a warpgroup has
@@ -324,56 +330,63 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __gr
   const GateImage<E>* const image = w.gates + at;
   const bool cut = w.gates[kept(static_cast<int>(at))].cut;
   auto& m = *reinterpret_cast<KeysShared<E, D, BANKS>*>(memory);
-  constexpr int stages = KeysShared<E, D, BANKS>::stages;
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < stages; ++i) init(m.full + i, 1);
-    init(&m.E_full, 1), init(&m.tokens_full, kThreads / 2), init(&m.step_done, kThreads);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  }
-  // What a step, a side and query head, needs, on its way: tokens, and the tiles in bulk. By the second warpgroups, which have less to do.
-  auto tokens = [&](int step) {
+  // A step is a side and query head; with one bank a side begins with the first stage, while E is in the place of the second. How often a stage was used before:
+  auto stage_of = [&](int step) { return (BANKS == 1 && step >= r ? step - r : step) & 1; };
+  auto uses = [&](int step) {
     const int side = step >= r, h = step - side * r;
-    auto& to = m.stage[step % stages];
-    const int thread = threadIdx.x % (kThreads / 2);
-    if (h == 0 || stages > 1) load_tokens<D, kThreads / 2>(to.B, rows_of(side ? p.v : p.k, c, head), c.length, thread);
-    load_tokens<D, kThreads / 2>(to.A, rows_of(side ? p.d_o : p.q, c, head * r + h), c.length, thread);
-    cp_async_commit();
+    return BANKS == 1 ? side * (h & 1 ? r / 2 : (r + 1) / 2) + h / 2 : step / 2;
   };
-  auto tiles = [&](int step) {
-    if (threadIdx.x != kThreads / 2) return;
-    const int side = step >= r, h = step - side * r;
-    uint64_t* const full = m.full + step % stages;
-    arrive_expecting(full, sizeof(m.stage[0].Y));
-    const Saved<E>* const saved = w.saved + (c.slot * p.HQ + head * r + h) * BANKS;
-    for (int b = 0; b < BANKS; ++b) bulk_load(m.stage[step % stages].Y[b], saved[b].Y[side], sizeof(m.stage[0].Y[0]), full);
+  // What is on its way, sent for by one thread of the second warpgroups, which have less to do.
+  auto send_stage = [&](int step) {
+    const int side = step >= r, q_head = head * r + step - side * r;
+    auto& to = m.stage[stage_of(step)];
+    uint64_t* const full = m.full + stage_of(step);
+    arrive_expecting(full, sizeof(to.A) + sizeof(to.Y));
+    bring_tokens<D>(to.A, side ? maps.d_o : maps.q, p, c, q_head, full);
+    const Saved<E>* const saved = w.saved + (c.slot * p.HQ + q_head) * BANKS;
+    for (int b = 0; b < BANKS; ++b) bulk_load(to.Y[b], saved[b].Y[side], sizeof(to.Y[b]), full);
   };
-  auto tiles_of_side = [&](int side) {
-    if (threadIdx.x != kThreads / 2) return;
+  auto send_B = [&](int side) { bring_tokens<D>(m.B[side % BANKS], side ? maps.v : maps.k, p, c, head, &m.B_full); };
+  auto send_E = [&](int side) {
     const uint32_t bytes = 64 * D * 2;
     arrive_expecting(&m.E_full, BANKS * (side ? 2 * bytes : bytes + sizeof(m.S[0])));
     for (int b = 0; b < BANKS; ++b) {
       if (side == 0) bulk_load(m.S[b], image[b].S, sizeof(m.S[b]), &m.E_full);
-      bulk_load(m.E0[b][0], w.E0 + ((at + b) * 3 + side) * 64 * D, bytes, &m.E_full);
-      if (side) bulk_load(m.E0[b][1], w.E0 + ((at + b) * 3 + 2) * 64 * D, bytes, &m.E_full);
+      bulk_load(m.E0(b, 0), w.E0 + ((at + b) * 3 + side) * 64 * D, bytes, &m.E_full);
+      if (side) bulk_load(m.E0(b, 1), w.E0 + ((at + b) * 3 + 2) * 64 * D, bytes, &m.E_full);
     }
   };
+  if (threadIdx.x == kThreads / 2) {
+    for (int i = 0; i < 2; ++i) init(m.full + i, 1), init(m.free + i, kThreads);
+    init(&m.B_full, 1), init(&m.E_full, 1), init(&m.finished, kThreads);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    arrive_expecting(&m.B_full, BANKS * sizeof(m.B[0]));
+    for (int side = 0; side < BANKS; ++side) send_B(side);
+    send_stage(0), send_E(0);
+    if (BANKS > 1 && !cut) send_stage(1);
+  }
   __syncthreads();
-  if (half) tokens(0);
-  if (cut) return exact_keys<E, D, BANKS>(p, w, memory + kept(0));
-  tiles(0), tiles_of_side(0);
+  if (cut) return exact_keys<E, D, BANKS>(p, w, heads, memory + kept(0));
   const int tid = threadIdx.x % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0), row = warp * 16 + frag_row(), col = half * 32 + frag_col();
   // The two have code of their own: no barrier of all threads until they are through.
-  const auto begin_step = [&](int step, auto brings) {
-    if (brings()) {
-      if (step) wait(&m.step_done, (step - 1) & 1);
-      if (stages == 1 && step) tokens(step), tiles(step);
-      cp_async_wait_for<0>(), publish();
-      arrive(&m.tokens_full);
+  const auto begin_step = [&](int step) {
+    if (threadIdx.x == kThreads / 2 && step) {
+      wait(m.free + stage_of(step - 1), uses(step - 1) & 1);
+      if constexpr (BANKS > 1) {
+        if (step + 1 < 2 * r) send_stage(step + 1);
+        if (step == 1) send_E(1);
+      } else {  // what the step before this one, its side's h-th, was the last to use
+        const int side = step > r, h = step - 1 - side * r;
+        if (h + 2 < r) send_stage(step + 1);
+        if (side == 0) {
+          if (h == ((r - 1) & ~1)) send_stage(r);
+          if (h == max(0, (r & 1) ? r - 2 : r - 1)) send_E(1);
+          if (h == r - 1) arrive_expecting(&m.B_full, sizeof(m.B[0])), send_B(1);
+        }
+      }
     }
-    wait(&m.tokens_full, step & 1);
-    wait(m.full + step % stages, step / stages & 1);
-    if (brings() && step == 1) tiles_of_side(1);
-    if (brings() && stages > 1 && step + 1 < 2 * r) tokens(step + 1), tiles(step + 1);
+    if (step % r == 0) wait(&m.B_full, BANKS == 1 ? step / r : 0);
+    wait(m.full + stage_of(step), uses(step) & 1);
   };
   float inner[4][4], outer[4][4], diagonal[4][4];
   if (half == 0) {
@@ -381,12 +394,13 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __gr
     zero(inner_all), zero(diagonal_all);
 #pragma unroll 1
     for (int step = 0; step < 2 * r; ++step) {
-      begin_step(step, std::false_type());
-      auto& stage = m.stage[step % stages];
+      begin_step(step);
+      auto& stage = m.stage[stage_of(step)];
+      const E* const B = m.B[step / r % BANKS];
       float x[8][4], d[2];
       hand_over(x);
       products_begin();
-      product<E, D / 16, 0, 0>(x, kmajor(stage.B), kmajor(stage.A), false);
+      product<E, D / 16, 0, 0>(x, kmajor(B), kmajor(stage.A), false);
       products_commit();
       products_wait<0>();
       hand_over(x);
@@ -409,9 +423,9 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __gr
         }
       products_wait<0>();
       hand_over(inner_all);
-      arrive(&m.step_done);
+      arrive(m.free + stage_of(step));
     }
-    wait(&m.step_done, 1);
+    arrive(&m.finished), wait(&m.finished, 0);  // either may be a step ahead of the other
     float4* const to = reinterpret_cast<float4*>(m.given(bank)) + tid;
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
@@ -425,23 +439,40 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __gr
     auto& outer_all = *reinterpret_cast<float (*)[8][4]>(BANKS == 1 ? dx : apart);
 #pragma unroll 1
     for (int step = 0; step < 2 * r; ++step) {
-      begin_step(step, std::true_type());
+      begin_step(step);
       // Addresses are made where they are used: there are no registers to keep them in.
       auto& m = *reinterpret_cast<KeysShared<E, D, BANKS>*>(memory + kept(0));
-      auto& stage = m.stage[step % stages];
+      auto& stage = m.stage[stage_of(step)];
       const int side = step >= r, h = step - side * r;
       if (h == 0) {
+        const E* const B = m.B[side % BANKS];
         wait(&m.E_full, side);
         if (BANKS == 1 && side) get(outer_all, m.outer, tid);
         hand_over(outer_all);
         products_begin();
-        product<E, D / 16, 0, 0>(outer_all, kmajor(stage.B), kmajor(m.E0[bank][0]), side);
-        if (side) product<E, D / 16, 0, 0>(outer_all, kmajor(stage.B), kmajor(m.E0[bank][1]), true);
+        product<E, D / 16, 0, 0>(outer_all, kmajor(B), kmajor(m.E0(bank, 0)), side);
+        if (side) product<E, D / 16, 0, 0>(outer_all, kmajor(B), kmajor(m.E0(bank, 1)), true);
         products_commit();
         products_wait<0>();
         hand_over(outer_all);
         if (BANKS == 1) put(m.outer, outer_all, tid);
         zero(dx);
+        hand_over(dx);
+        products_begin();
+#pragma unroll
+        for (int b = 0; b < BANKS; ++b) {
+          const E *E_own = columns<E>(m.E0(b, 0), bank * width), *dropped = columns<E>(m.E0(b, 1), bank * width);
+          product<E, 4, 0, 1>(dx, kmajor(m.S[b][0]), mnmajor(E_own), true);
+          product<E, 4, 0, 1>(dx, kmajor(m.S[b][1]), mnmajor(E_own), true);
+          if (side) product<E, 4, 0, 1>(dx, kmajor(m.S[b][0]), mnmajor(dropped), true);
+        }
+        products_commit();
+        products_wait<0>();
+        hand_over(dx);
+        if (BANKS == 1 && r > 1) {
+          sync(1, 128);  // E is done with
+          if (threadIdx.x == kThreads / 2) send_stage(step + 1);
+        }
       }
       float x[8][4];
       hand_over(x);
@@ -459,14 +490,6 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __gr
       const auto W = split<E>(x);
       hand_over(dx);
       products_begin();
-      if (h == 0)
-#pragma unroll
-        for (int b = 0; b < BANKS; ++b) {
-          const E *E_own = columns<E>(m.E0[b][0], bank * width), *dropped = columns<E>(m.E0[b][1], bank * width);
-          product<E, 4, 0, 1>(dx, kmajor(m.S[b][0]), mnmajor(E_own), true);
-          product<E, 4, 0, 1>(dx, kmajor(m.S[b][1]), mnmajor(E_own), true);
-          if (side) product<E, 4, 0, 1>(dx, kmajor(m.S[b][0]), mnmajor(dropped), true);
-        }
       const E* A_own = columns<E>(stage.A, bank * width);
       product<E, 1>(dx, W.hi, mnmajor(A_own));
       if (side) product<E, 1>(dx, W.lo, mnmajor(A_own));
@@ -474,9 +497,9 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __gr
       products_wait<0>();
       hand_over(dx);
       if (h == r - 1) store_window<E>(rows_of(side ? p.dv : p.dk, c, head), dx, warp, 0, c.length, bank * width);
-      arrive(&m.step_done);
+      arrive(m.free + stage_of(step));
     }
-    wait(&m.step_done, 1);
+    arrive(&m.finished), wait(&m.finished, 0);  // either may be a step ahead of the other
     if (BANKS > 1) put(m.outer_of(bank), outer_all, tid);
   }
   __syncthreads();
@@ -491,8 +514,8 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __gr
   }
   get(outer, m.outer_of(bank) + half * 4 * 512, tid);
 
-  E* const terms = (half ? m.E0[0][0] : m.stage[0].Y[0][0]) + bank * 2 * kTile;
-  gate_gradients<false, D, BANKS>(p, w, c, head, inner, outer, diagonal, m.S[bank][0], static_cast<const float*>(nullptr), terms, own, tid);
+  E* const terms = reinterpret_cast<E*>(m.stage) + own * 2 * kTile;
+  gate_gradients<false, D, BANKS>(p, w, c, head, inner, outer, diagonal, m.S[bank][0], static_cast<const float*>(nullptr), terms, own, tid, heads);
 #endif
 }
 
@@ -501,7 +524,8 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __gr
 void hopper_keys(const BackwardParams& p, const BackwardWorkspace& w) {
   const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, kChunk);
   select_banks(p, [&]<class E, int D, int BANKS>() {
-    launch("hopper_keys", keys_kernel<E, D, BANKS>, slots * p.H, 256 * BANKS, sizeof(KeysShared<E, D, BANKS>), p.stream, p, Backward<E>(w));
+    launch("hopper_keys", keys_kernel<E, D, BANKS>, slots * p.H, 256 * BANKS, sizeof(KeysShared<E, D, BANKS>), p.stream, p, Backward<E>(w),
+           hopper_query_heads(p), input_maps(p));
   });
 }
 

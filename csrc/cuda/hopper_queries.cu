@@ -7,8 +7,9 @@
 //
 // S, R, ref are those of hopper_gates.cu. Yk, Yv and e go to hopper_scan.cu and hopper_keys.cu. Two warpgroups for a bank: first one has o1, the other dp, of all its
 // slots; then they give each other half, and each has o1, dp, p, Y of 32 slots and its share of the dimensions of dq. What has to be more exact than 16 bits is an
-// operand in two parts: X, S, Y. With one bank two blocks on a multiprocessor: while one waits the other works. With two there is room to bring the next query head's
-// tokens while this one's are no longer needed.
+// operand in two parts: X, S, Y. With one bank two blocks on a multiprocessor: while one waits the other works. The next query head's tokens come as soon as there is
+// room: with two banks when this one's are no longer needed, with one when Y has been saved (d_o) and has become operands (q), while dq is made. e is summed over the heads
+// of a block, in memory.
 //
 //     shared memory      holds
 //     A                  q, d_o
@@ -37,7 +38,7 @@ struct QueriesShared {
   alignas(1024) E Y[2][rows];
   E B[2][64 * D], H[2][BANKS][64 * D], S[BANKS][2][kTile], tokens[ahead ? 2 * 64 * D : 8];
   float in[BANKS * kSlots];
-  uint64_t S_full;
+  uint64_t S_full, side_full[2], Y_free;  // side: its A; of the first head B and H too
   __device__ E* A(int side) { return ahead ? tokens + side * 64 * D : Y[side]; }
   // [bank][warpgroup that gives]: half of the slots, as accumulators lie
   __device__ float* given(int bank, int half) { return reinterpret_cast<float*>(Y[0]) + (bank * 2 + half) * 64 * 32; }
@@ -82,7 +83,9 @@ __device__ __forceinline__ void exact_queries(const BackwardParams& p, char* mem
     const int tid = thread % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0), row = warp * 16 + frag_row(), col = half * 32 + frag_col();
     const int rows_bank = thread / kExactThreads;  // whose rows this thread has where it is token by token
     const E* const states = boundary + (c.slot * p.H + head) * 2 * int64_t(D) * p.M;
-    if (q_head > first_head) {
+    if (q_head == first_head) {
+      wait(tokens.side_full, 0), wait(tokens.side_full + 1, 0);
+    } else {
       __syncthreads();  // everything is done with
       const int side_thread = thread % (128 * BANKS);
       load_tokens<D, 128 * BANKS>(tokens.B[half], rows_of(half ? p.v : p.k, c, head), c.length, side_thread);
@@ -133,9 +136,7 @@ __device__ __forceinline__ void exact_queries(const BackwardParams& p, char* mem
       // Everybody has read O and the diagonals when they meet.
       cotangents(o, dp, y, s, valid, d, b, m.sums(), share, share * 32, p.M, scale, row, [] { __syncthreads(); });
       store_R(m.O[bank], dp, row, col);
-      float4* const to = reinterpret_cast<float4*>(save.e) + half * 512 + tid;
-#pragma unroll
-      for (int t = 0; t < 4; ++t) to[t * 128] = make_float4(o[t][0], o[t][1], o[t][2], o[t][3]);
+      save_e(w.saved[(c.slot * p.HQ + first_head) * BANKS + bank].e, o, q_head == first_head, half, tid);
       auto save_Y = [&](E(&Y)[2][kTile], const float (&x)[4][4]) {
 #pragma unroll
         for (int t = 0; t < 4; ++t)
@@ -184,7 +185,8 @@ __device__ __forceinline__ void exact_queries(const BackwardParams& p, char* mem
 
 template <class E, int D, int BANKS>
 __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void queries_kernel(const __grid_constant__ BackwardParams p, const E* boundary,
-                                                                         const __grid_constant__ Backward<E> w, int heads) {
+                                                                         const __grid_constant__ Backward<E> w, int heads,
+                                                                         const __grid_constant__ InputMaps maps, const __grid_constant__ CUtensorMap states) {
 #if GSA_HOPPER
   extern __shared__ __align__(1024) char memory[];
   using Shared = QueriesShared<E, D, BANKS>;
@@ -192,7 +194,7 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void queries_kernel(const _
   auto& m = *reinterpret_cast<Shared*>(memory);
   auto& sums = *reinterpret_cast<typename Shared::Sums*>(m.Y[1]);
   const int r = p.HQ / p.H, turns = r / heads;
-  const int64_t head = blockIdx.x / turns % p.H, first_head = head * r + blockIdx.x % turns * heads;
+  const int head = blockIdx.x / turns % p.H, first_head = head * r + blockIdx.x % turns * heads;
   Chunk c;
   if (!find_chunk(p, blockIdx.x / turns / p.H, kChunk, c)) return;
   const int own = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), bank = own % BANKS, half = own / BANKS;  // half: of the bank's slots, and side
@@ -200,31 +202,30 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void queries_kernel(const _
   const int row = warp * 16 + frag_row(), col = half * 32 + frag_col();
   const float scale = static_cast<float>(p.scale);
 
-  const E* const states = boundary + (c.slot * p.H + head) * 2 * int64_t(D) * p.M;
   // Everything is on its way before anything is waited for.
   GateImage<E>* const image = w.gates + (c.slot * p.H + head) * BANKS;
   const bool cut = image->cut;
-  // Each side's by its warpgroups.
-  auto load_A = [&](int64_t q_head) {
-    load_tokens<D, kThreads / 2>(m.A(half), rows_of(half ? p.d_o : p.q, c, q_head), c.length, threadIdx.x % (kThreads / 2));
-    cp_async_commit();
+  // By one thread.
+  auto send_A = [&](int q_head, int side) { bring_tokens<D>(m.A(side), side ? maps.d_o : maps.q, p, c, q_head, m.side_full + side); };
+  auto send_next_A = [&](int q_head, int side) {
+    arrive_expecting(m.side_full + side, 64 * D * 2);
+    send_A(q_head, side);
   };
-  load_tokens<D, kThreads / 2>(m.B[half], rows_of(half ? p.v : p.k, c, head), c.length, threadIdx.x % (kThreads / 2));
-  load_state<D, 128>(m.H[half][bank], states + half * int64_t(D) * p.M, p.M, tid, bank);
-  load_A(first_head);
-  if (!cut) {
-    if (threadIdx.x == 0) {
-      init(&m.S_full, 1);
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  if (threadIdx.x == 0) {
+    init(&m.S_full, 1), init(m.side_full, 1), init(m.side_full + 1, 1), init(&m.Y_free, kThreads);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    for (int side = 0; side < 2; ++side) {
+      arrive_expecting(m.side_full + side, (2 + BANKS) * 64 * D * 2);
+      send_A(first_head, side);
+      bring_tokens<D>(m.B[side], side ? maps.v : maps.k, p, c, head, m.side_full + side);
+      for (int b = 0; b < BANKS; ++b) bring_state<D>(m.H[side][b], states, ((c.slot * p.H + head) * 2 + side) * D, m.side_full + side, b);
     }
-    __syncwarp();
-    if (threadIdx.x == 0) {
-      arrive_expecting(&m.S_full, sizeof(m.S));
-      for (int b = 0; b < BANKS; ++b) bulk_load(m.S[b], image[b].S, sizeof(m.S[b]), &m.S_full);
-    }
-    if (threadIdx.x < BANKS * kSlots) m.in[threadIdx.x] = image[threadIdx.x / kSlots].in[threadIdx.x % kSlots];
+    arrive_expecting(&m.S_full, sizeof(m.S));
+    for (int b = 0; b < BANKS; ++b) bulk_load(m.S[b], image[b].S, sizeof(m.S[b]), &m.S_full);
   }
+  if (threadIdx.x < BANKS * kSlots && !cut) m.in[threadIdx.x] = image[threadIdx.x / kSlots].in[threadIdx.x % kSlots];
   __syncthreads();
+  wait(&m.S_full, 0);
   if (cut) return exact_queries<E, D, BANKS>(p, memory + kept(0), boundary, w, heads);
   float R[4][4];
 #pragma unroll
@@ -232,20 +233,16 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void queries_kernel(const _
     const float4 x = reinterpret_cast<const float4*>(image[bank].R)[half * 512 + t * 128 + tid];
     R[t][0] = x.x, R[t][1] = x.y, R[t][2] = x.z, R[t][3] = x.w;
   }
-  wait(&m.S_full, 0);
 
+  uint32_t turn = 0;
 #pragma unroll 1
-  for (int64_t q_head = first_head; q_head < first_head + heads; ++q_head) {
+  for (int q_head = first_head; q_head < first_head + heads; ++q_head, turn ^= 1) {
     auto& m = *reinterpret_cast<Shared*>(memory + kept(0));  // addresses are made where they are used: there are no registers to keep them in
+    const bool last = q_head + 1 == first_head + heads;
     const int tid = kept(threadIdx.x) % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0), row = warp * 16 + frag_row();
-    if (!Shared::ahead && q_head > first_head) {
-      __syncthreads();  // A is free
-      load_A(q_head);
-    }
-    cp_async_wait_for<0>();
-    publish();
-    if (Shared::ahead) __syncthreads();  // and Y is done with
-    else sync(3 + half, kThreads / 2);
+    if (q_head == first_head) wait(m.side_full, 0);  // all have k and Hk in dq
+    wait(m.side_full + half, turn);
+    if (Shared::ahead) __syncthreads();  // Y is done with
     float o[4][4], dp[4][4], d[2], b[2];
     {
       float x[8][4], other[2];
@@ -254,7 +251,7 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void queries_kernel(const _
       give_half(m.given(bank, half), x, half, tid);
       if ((lane_id() & 3) == 0) sums.diagonal[half][bank][row] = other[0], sums.diagonal[half][bank][row + 8] = other[1];
       __syncthreads();  // with two banks A is done with
-      if (Shared::ahead && q_head + 1 < first_head + heads) load_A(q_head + 1);
+      if (Shared::ahead && threadIdx.x == 0 && !last) send_next_A(q_head + 1, 0), send_next_A(q_head + 1, 1);
       take_half(o, dp, x, m.given(bank, !half), half, tid);
 #pragma unroll
       for (int h = 0; h < 2; ++h) d[h] = sums.diagonal[0][bank][row + 8 * h], b[h] = sums.diagonal[1][bank][row + 8 * h];
@@ -281,12 +278,7 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void queries_kernel(const _
       }
       bulk_commit();
     }
-    {  // e
-      float4* to = reinterpret_cast<float4*>(save[bank].e) + half * 512 + tid;
-      if (kept(tid) >= 0)  // always; without a branch in this place the compiler keeps e for later and spills
-#pragma unroll
-        for (int t = 0; t < 4; ++t) to[t * 128] = make_float4(o[t][0], o[t][1], o[t][2], o[t][3]);
-    }
+    save_e(w.saved[(c.slot * p.HQ + first_head) * BANKS + bank].e, o, q_head == first_head, half, tid);
     {  // dq
       float x[8][4];
       hand_over(x);
@@ -302,6 +294,7 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void queries_kernel(const _
       typename Arith<E>::template Op<64> Yref = operand_times(m.Y[0], m.in, warp);
       products_wait<0>();
       hand_over(x);
+      if (!Shared::ahead) arrive(&m.Y_free);
       keep<true, 0>(x, warp);
       const auto dA1 = operand<E>(x);
       float dq[width / 8][4];
@@ -315,24 +308,35 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void queries_kernel(const _
         product<E, 0>(dq, Yref, kmajor(m.H[0][b] + own * width * 64));
       }
       products_commit();
+      if (threadIdx.x == 0) {
+        bulk_wait();
+        if (!Shared::ahead && !last) {
+          send_next_A(q_head + 1, 1);
+          wait(&m.Y_free, turn);
+          send_next_A(q_head + 1, 0);
+        }
+      }
       products_wait<0>();
       hand_over(dq);
       store_window<E>(rows_of(p.dq, c, q_head), dq, warp, 0, c.length, own * width);
     }
-    if (threadIdx.x == 0) bulk_wait();
   }
 #endif
 }
 
 }  // namespace
 
+int hopper_query_heads(const Params& p) {
+  const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, kChunk);
+  return slots * p.H >= 8 * hopper_multiprocessors() ? p.HQ / p.H : 1;
+}
+
 void hopper_queries(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w) {
   const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, kChunk);
-  const int r = p.HQ / p.H;
-  const int heads = slots * p.H >= 8 * hopper_multiprocessors() ? r : 1;  // of one block
+  const int r = p.HQ / p.H, heads = hopper_query_heads(p);
   select_banks(p, [&]<class E, int D, int BANKS>() {
     launch("hopper_queries", queries_kernel<E, D, BANKS>, slots * p.H * (r / heads), 256 * BANKS, queries_shared<E, D, BANKS>(), p.stream, p,
-           static_cast<const E*>(boundary), Backward<E>(w), heads);
+           static_cast<const E*>(boundary), Backward<E>(w), heads, input_maps(p), boundary_map(p, boundary));
   });
 }
 

@@ -8,7 +8,8 @@
 //     X: k, v                                                    X: q, d_o
 //
 // S and the two factors come from hopper_gates.cu, Y from hopper_queries.cu: of a chunk of several windows relative to nothing, so that here it is made relative to
-// the chunk's beginning (that of hopper_wide_queries.cu is). Tiles come two steps (a chunk and query head) ahead, or five, where there is one block on a multiprocessor. Few sequences and
+// the chunk's beginning (that of hopper_wide_queries.cu is). Tiles come three steps (a chunk and query head) ahead, or six, where there is one block on a multiprocessor, brought by
+// one thread; the products of a group's heads follow each other without a pause. Few sequences and
 // heads leave most of the GPU idle: hopper_few.cu, and where the forward pass walks in segments
 //     starts_kernel: this scan of parts of a sequence beside each other, each as if nothing were before it, no boundary states, and what the whole part multiplies a state with
 //     join_kernel:   H <- decay H + that of the part; the states at the beginning of segments
@@ -27,7 +28,8 @@ constexpr int kThreads = 128;
 template <class E, int STAGES>
 struct ScanShared {
   E Y[STAGES][2][kTile], X[STAGES][kTile], H[STAGES][kTile], out[2][kTile];  // Y: or S
-  uint64_t full[STAGES];
+  uint64_t full[STAGES], free[STAGES];
+  Sequence sequence;
 };
 static_assert(sizeof(ScanShared<bf16, 3>) <= 113 * 1024 && sizeof(ScanShared<bf16, 6>) <= 227 * 1024);
 
@@ -36,7 +38,8 @@ enum class Scan { states, starts, cotangents };
 template <class E, int D, Scan what, int STAGES>
 __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ ScanEnds ends,
                                                                              E* boundary, const __grid_constant__ Backward<E> w, int sides,
-                                                                             const __grid_constant__ Segments segments) {
+                                                                             const __grid_constant__ Segments segments, const __grid_constant__ InputMaps maps,
+                                                                             const __grid_constant__ CUtensorMap states) {
 #if GSA_HOPPER
   constexpr bool reverse = what == Scan::cotangents, starts = what == Scan::starts;
   extern __shared__ __align__(1024) char memory[];
@@ -49,13 +52,13 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
   const int64_t item = blockIdx.x / (sides * slices) / heads, n = starts ? item / segments.before() : item;
   const int64_t pool_row = state_row(p, n);
   if (pool_row < 0) return;
-  Chunk c;
-  c.seq = sequence<false>(p, n, kChunk);
-  if (starts) c.seq = part(c.seq, item % segments.before(), segments.chunks, kChunk);
-  const int chunks = static_cast<int>(c.seq.chunks);
+  Sequence tokens = sequence<false>(p, n, kChunk);
+  if (starts) tokens = part(tokens, item % segments.before(), segments.chunks, kChunk);
+  const int chunks = static_cast<int>(tokens.chunks), first_slot = static_cast<int>(tokens.slot);
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), row = warp * 16 + frag_row();
   if (threadIdx.x == 0) {
-    for (int i = 0; i < STAGES; ++i) init(m.full + i, 1);
+    m.sequence = tokens;
+    for (int i = 0; i < STAGES; ++i) init(m.full + i, 1), init(m.free + i, 4);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
@@ -76,28 +79,24 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
   if (const float* in = static_cast<const float*>(ends.first[side])) each_element(ends.broadcast, [&](float& x, int64_t i) { x = in[i]; });
 
   const int steps = chunks * r;
-  auto chunk_of = [&](int s) { return reverse ? chunks - 1 - s / r : s; };
-  auto state_of = [&](int64_t slot) { return boundary + ((slot * p.H + head) * 2 + side) * int64_t(D) * p.M + slice * 64 * p.M; };
+  auto index_of = [&](int s) { return reverse ? chunks - 1 - s / r : s; };
+  auto rows_of_state = [&](int64_t slot) { return ((slot * p.H + head) * 2 + side) * D + slice * 64; };
+  const TokenMap& x_map = reverse ? side ? maps.d_o : maps.q : side ? maps.v : maps.k;
   auto load = [&](int s) {
-    if (s < steps) {
-      const int stage = s % STAGES;
-      Chunk next = c;
-      next.select(p, chunk_of(s), kChunk);
-      const int64_t x_head = reverse ? head * r + s % r : head;
-      if (threadIdx.x == 0) {
-        arrive_expecting(m.full + stage, 2 * kTile * 2);
-        const E* from =
-            reverse ? reinterpret_cast<const Left*>(w.saved)[(next.slot * p.HQ + x_head) * banks + bank].Y[side][0] : w.gates[next.slot * heads + id].S[0];
-        bulk_load(m.Y[stage], from, 2 * kTile * 2, m.full + stage);
-      }
-      Rows x = rows_of(reverse ? side ? p.d_o : p.q : side ? p.v : p.k, next, x_head);
-      x.base += slice * 64;
-      load_tokens<64, kThreads>(m.X[stage], x, next.length, threadIdx.x);
-      if (reverse && s % r == 0) load_state<64, kThreads>(m.H[s / r % STAGES], state_of(next.slot), p.M, threadIdx.x, bank);
-    }
-    cp_async_commit();
+    if (threadIdx.x || s >= steps) return;
+    const int stage = s % STAGES, x_head = reverse ? head * r + s % r : head;
+    const bool state = reverse && s % r == 0;
+    if (s >= STAGES) wait(m.free + stage, (s / STAGES - 1) & 1);
+    const Chunk c = chunk_of(p, m.sequence, index_of(s), kChunk);
+    uint64_t* const full = m.full + stage;
+    arrive_expecting(full, (state ? 4 : 3) * kTile * 2);
+    bring_tokens<64>(m.X[stage], x_map, p, c, x_head, full, slice * 64);
+    bulk_load(m.Y[stage],
+              reverse ? reinterpret_cast<const Left*>(w.saved)[(c.slot * p.HQ + x_head) * banks + bank].Y[side][0] : w.gates[c.slot * heads + id].S[0],
+              2 * kTile * 2, full);
+    if (state) bring_state<64>(m.H[s / r % STAGES], states, rows_of_state(c.slot), full, bank);
   };
-  for (int s = 0; s < STAGES - 1; ++s) load(s);
+  for (int s = 0; s < STAGES; ++s) load(s);
   int stage = 0;
   uint32_t parity = 0;
   // What the chunk at a step is multiplied with; of the next one on its way before it is needed.
@@ -106,14 +105,14 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
     int cut;
   };
   auto factors_of = [&](int step) {
-    const GateImage<E>& image = w.gates[(c.seq.slot + chunk_of(step)) * heads + id];
+    const GateImage<E>& image = w.gates[int64_t(first_slot + index_of(step)) * heads + id];
     return Factors{{image.in[row], image.in[row + 8]}, {image.out[row], image.out[row + 8]}, image.cut};
   };
   Factors next{};
   if (steps > 0) next = factors_of(0);
 #pragma unroll 1
   for (int step = 0; step < steps;) {
-    const int64_t slot = c.seq.slot + chunk_of(step), at = slot * heads + id;
+    const int64_t slot = first_slot + index_of(step), at = slot * heads + id;
     const Factors f = next;
     const int first = step;
     if (step + r < steps) next = factors_of(step + r);
@@ -130,48 +129,49 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
       else store_transposed<E>(out, h, warp);
       scale_rows(h, f.in[0], f.in[1]);
     }
+    if constexpr (!starts) {
+      publish();
+      __syncthreads();  // `out` is whole
+    }
+    if constexpr (starts) {
+    } else if (!reverse) {
+      store_state<64>(boundary + rows_of_state(slot) * p.M, out, p.M, threadIdx.x, bank);
+    } else if (threadIdx.x == 0) {
+      bulk_store(w.E0 + (at * 3 + side) * 64 * D + slice * kTile, out, kTile * 2);
+      if (side) bulk_store(w.E0 + (at * 3 + 2) * 64 * D + slice * kTile, out + kTile, kTile * 2);
+      bulk_commit();
+    }
+    if (reverse) {  // <H, dH>
+      wait(m.full + stage, parity);
+      float sum[2];
+      state_products(sum, m.H[step / r % STAGES], h, warp);
+      sum[0] *= f.in[0], sum[1] *= f.in[1];
+      float* edge = w.edge + (at * 2 + side) * D + slice * 64;  // D / 64 parts of 64 slots
+      if ((lane_id() & 3) == 0) edge[row] = sum[0], edge[row + 8] = sum[1];
+      if (f.cut) scale_rows(h, f.in[0], f.in[1]);
+    }
+    int before = 0;  // the stage of the step before this one
+    hand_over(h);
 #pragma unroll 1
     do {
-      cp_async_wait_for<STAGES - 2>();
       wait(m.full + stage, parity);
-      publish();
-      __syncthreads();  // `out` is whole, and everybody is done with the stage before this one
-      load(step + STAGES - 1);
-      float before[8][4];
-      if (reverse && step == first) {
-#pragma unroll
-        for (int t = 0; t < 8; ++t)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) before[t][e] = copy(h[t][e]);
-        if (f.cut) scale_rows(h, f.in[0], f.in[1]);
-      }
-      if (reverse && D <= 128 && f.cut) from_the_beginning(m.Y[stage], w.gates[at].R, c.seq.length() - chunk_of(first) * int64_t(kChunk));
-      hand_over(h);
+      if (reverse && D <= 128 && f.cut) from_the_beginning(m.Y[stage], w.gates[at].R, m.sequence.length() - index_of(first) * int64_t(kChunk));
       products_begin();
       product<E, 4, 1, 1>(h, mnmajor(m.Y[stage][0]), mnmajor(m.X[stage]), true);
       product<E, 4, 1, 1>(h, mnmajor(m.Y[stage][1]), mnmajor(m.X[stage]), true);
       products_commit();
-      if (step == first) {
-        if constexpr (starts) {
-        } else if (!reverse) {
-          store_state<64>(state_of(slot), out, p.M, threadIdx.x, bank);
-        } else if (threadIdx.x == 0) {
-          bulk_store(w.E0 + (at * 3 + side) * 64 * D + slice * kTile, out, kTile * 2);
-          if (side) bulk_store(w.E0 + (at * 3 + 2) * 64 * D + slice * kTile, out + kTile, kTile * 2);
-          bulk_commit();
-        }
+      if (step > first) {
+        products_wait<1>();
+        arrive_warp(m.free + before);
+        load(step + STAGES - 1);
       }
-      if (reverse && step == first) {  // <H, dH>
-        float sum[2];
-        state_products(sum, m.H[step / r % STAGES], before, warp);
-        sum[0] *= f.in[0], sum[1] *= f.in[1];
-        float* edge = w.edge + (at * 2 + side) * D + slice * 64;  // D / 64 parts of 64 slots
-        if ((lane_id() & 3) == 0) edge[row] = sum[0], edge[row + 8] = sum[1];
-      }
-      products_wait<0>();
-      hand_over(h);
+      before = stage;
       if (++stage == STAGES) stage = 0, parity ^= 1;
     } while (++step < first + r);
+    products_wait<0>();
+    hand_over(h);
+    arrive_warp(m.free + before);
+    load(step + STAGES - 1);
     if (!reverse) scale_rows(h, f.out[0], f.out[1]);
     else if (!f.cut) scale_rows(h, f.in[0], f.in[1]);
   }
@@ -223,11 +223,13 @@ void scan(const BackwardParams& p, const ScanEnds& ends, void* boundary, const B
   constexpr bool reverse = what == Scan::cotangents, starts = what == Scan::starts;
   if (w.products && !starts) return hopper_scan_few(p, reverse, ends, boundary, w);
   const Segments segments = starts ? hopper_segments(p) : Segments{};
+  const InputMaps maps = reverse ? input_maps(p) : input_maps(static_cast<const Params&>(p));
+  const CUtensorMap states = reverse ? boundary_map(p, boundary) : CUtensorMap{};
   auto for_size = [&]<class E, int D>() {
     const int64_t blocks = p.N * (starts ? segments.before() : 1) * p.H * banks_of(p) * sides * (D / 64);
     auto run = [&]<int STAGES>() {
       launch(reverse ? "hopper_cotangents" : "hopper_states", scan_kernel<E, D, what, STAGES>, blocks, kThreads, sizeof(ScanShared<E, STAGES>), p.stream, p,
-             ends, static_cast<E*>(boundary), Backward<E>(w), sides, segments);
+             ends, static_cast<E*>(boundary), Backward<E>(w), sides, segments, maps, states);
     };
     blocks > hopper_multiprocessors() ? run.template operator()<3>() : run.template operator()<6>();
   };

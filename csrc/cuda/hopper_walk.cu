@@ -50,12 +50,7 @@ struct WalkShared {
   uint64_t gates_full, tokens_full, tokens_free, Y_full, keys_ready, outer_free, done, Hk_free, inner_full;
   int found;
   Sequence sequence;
-  __device__ Chunk chunk(const Params& p, int i) const {
-    Chunk c;
-    c.seq = sequence;
-    c.select(p, i, kChunk);
-    return c;
-  }
+  __device__ Chunk chunk(const Params& p, int i) const { return chunk_of(p, sequence, i, kChunk); }
   __device__ float* given() { return reinterpret_cast<float*>(Y[0]); }
   __device__ RowSums<2>& sums() { return *reinterpret_cast<RowSums<2>*>(Y[1]); }
   // Where the states are done with, at 128 dimensions.

@@ -47,6 +47,7 @@ INSTRUCTIONS = {
     "st.shared.b32 [%0], %1; st.shared.b32 [%0 + %3], %2;": "*static_cast<uint32_t*>(emulation::at(%0, 4)) = %1, "
     "*static_cast<uint32_t*>(emulation::at(%0 + %3, 4)) = %2",
     "{ .reg .pred valid; setp.ne.u32 valid, %2, 0; mov.u32 %0, 0; @valid ld.global.nc.b32 %0, [%1]; }": "%0 = %2 ? *reinterpret_cast<const uint32_t*>(%1) : 0u",
+    "red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};": "emulation::add_four(%0, %1, %2, %3, %4)",
     "prefetch.global.L2 [%0];": "static_cast<void>(0)",
     "cp.async.bulk.prefetch.L2.global [%0], %1;": "static_cast<void>(0)",
     "cp.async.ca.shared.global [%0], [%1], %2;": "emulation::copy_async(%0, %1, %2, %2)",
@@ -57,6 +58,10 @@ INSTRUCTIONS = {
     "cp.async.wait_group %0;": "emulation::copy_wait(%0)",
     "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];": "emulation::bulk_load(%0, %1, %2, %3)",
     "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;": "emulation::bulk_store(%0, %1, %2)",
+    "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];": "emulation::tensor_load("
+    "%0, %1, {%2, %3, %4, %5}, %6)",
+    "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];": "emulation::tensor_load(%0, %1, {%2, %3}, %4)",
+    "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];": "emulation::tensor_store(%0, {%1, %2}, %3)",
     "cp.async.bulk.commit_group;": "emulation::bulk_commit()",
     "cp.async.bulk.wait_group 0;": "emulation::bulk_wait(false)",
     "cp.async.bulk.wait_group.read 0;": "emulation::bulk_wait(true)",
@@ -249,7 +254,7 @@ def cuda_headers() -> Path:
     places = [Path(home) / "include" for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))] + [Path("/usr/local/cuda/include")]
     places += sorted(Path(sysconfig.get_path("purelib"), "nvidia").glob("*/include"))
     for place in places:
-        if all((place / name).exists() for name in ("cuda_runtime.h", "cuda_bf16.h", "cuda_fp16.h", "crt/host_defines.h")):
+        if all((place / name).exists() for name in ("cuda.h", "cuda_runtime.h", "cuda_bf16.h", "cuda_fp16.h", "crt/host_defines.h")):
             return place
     raise NotPossible("no headers of CUDA: neither a toolkit, nor those that come along with a torch for CUDA")
 

@@ -1,6 +1,7 @@
 // What the CUDA sources see when they are compiled for the CPU: CUDA's keywords, built-in variables and functions, and the instructions that build.py puts in
 // the place of asm statements (its table INSTRUCTIONS). All of it ends in runtime.cpp. Included before anything else.
 #pragma once
+#include <cuda.h>
 #include <cuda_runtime.h>
 #undef __global__
 #undef __device__
@@ -29,6 +30,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <initializer_list>
 #include <type_traits>
 
 extern dim3 blockDim, gridDim;                             // (also names of members in CUDA's own structures, hence no macros)
@@ -111,6 +113,7 @@ inline void load_two(float* a, float* b, uint32_t address) {
   const float* const from = static_cast<const float*>(at(address, 8));
   *a = from[0], *b = from[1];
 }
+inline void add_four(float4* to, float x, float y, float z, float w) { to->x += x, to->y += y, to->z += z, to->w += w; }
 
 // ------------------------------------------------------------------------------------------------------------ warps and blocks
 
@@ -174,6 +177,10 @@ void mbarrier_wait(uint32_t barrier, uint32_t parity);
 
 void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier);
 void bulk_store(void* to, uint32_t from, uint32_t bytes);
+// Boxes of a tensor map, that encode() has made, with 128-byte rows whose pieces are permuted.
+void tensor_load(uint32_t to, const CUtensorMap* map, std::initializer_list<int> at, uint32_t barrier);
+void tensor_store(const CUtensorMap* map, std::initializer_list<int> at, uint32_t from);
+cudaError_t driver_function(const char* name, void** function, cudaDriverEntryPointQueryResult* result);
 void bulk_commit();
 void bulk_wait(bool only_read);
 void copy_async(uint32_t to, const void* from, uint32_t bytes, uint32_t read);
@@ -245,6 +252,7 @@ constexpr std::common_type_t<A, B> max(A a, B b) {
 }
 
 #define cudaGetDevice ::emulation::get_device
+#define cudaGetDriverEntryPointByVersion(name, function, version, flags, result) ::emulation::driver_function(name, function, result)
 #define cudaDeviceGetAttribute ::emulation::get_attribute
 #define cudaOccupancyMaxActiveBlocksPerMultiprocessor ::emulation::occupancy
 #define cudaFuncSetAttribute(...) cudaSuccess

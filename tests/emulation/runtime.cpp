@@ -521,6 +521,66 @@ void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) 
   if (to % 16 || bytes % 16 || bytes == 0 || reinterpret_cast<uintptr_t>(from) % 16) fail("cp.async.bulk: %u bytes from %p to %u", bytes, from, to);
   issue({&cta(), to, from, bytes, barrier, 0});
 }
+
+// What a CUtensorMap holds here.
+struct TensorMap {
+  char* base;
+  int rank;
+  int64_t size[5], stride[5];                              // bytes, of all dimensions but the first
+  int box[5];
+};
+static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap));
+static CUresult encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* base, const cuuint64_t* size, const cuuint64_t* stride,
+                       const cuuint32_t* box, const cuuint32_t* steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
+                       CUtensorMapFloatOOBfill) {
+  if (type != CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 && type != CU_TENSOR_MAP_DATA_TYPE_FLOAT16) return CUDA_ERROR_INVALID_VALUE;
+  if (interleave != CU_TENSOR_MAP_INTERLEAVE_NONE || swizzle != CU_TENSOR_MAP_SWIZZLE_128B || rank < 2 || rank > 5 || box[0] != 64)
+    return CUDA_ERROR_INVALID_VALUE;
+  if (reinterpret_cast<uintptr_t>(base) % 16) return CUDA_ERROR_INVALID_VALUE;
+  TensorMap& m = *new (map) TensorMap{static_cast<char*>(base), static_cast<int>(rank), {}, {}, {}};
+  for (cuuint32_t i = 0; i < rank; ++i) {
+    m.size[i] = static_cast<int64_t>(size[i]), m.box[i] = static_cast<int>(box[i]);
+    if (i) m.stride[i] = static_cast<int64_t>(stride[i - 1]);
+    if (size[i] == 0 || size[i] > (1ull << 32) || box[i] > 256 || steps[i] != 1 || m.stride[i] % 16 || m.stride[i] >> 40) return CUDA_ERROR_INVALID_VALUE;
+  }
+  return CUDA_SUCCESS;
+}
+cudaError_t driver_function(const char* name, void** function, cudaDriverEntryPointQueryResult* result) {
+  if (strcmp(name, "cuTensorMapEncodeTiled")) fail("a function of the driver that is not emulated: %s", name);
+  *function = reinterpret_cast<void*>(encode), *result = cudaDriverEntryPointSuccess;
+  return cudaSuccess;
+}
+// f(place in shared memory, in memory or nullptr where the tensor has ended) of each 16 bytes of a box.
+template <class F>
+static void each_piece(const TensorMap& m, std::initializer_list<int> at, uint32_t shared, F&& f) {
+  if (shared % 128 || static_cast<int>(at.size()) != m.rank) fail("cp.async.bulk.tensor: %d coordinates, to or from %u", int(at.size()), shared);
+  int rows = 1;
+  for (int d = 1; d < m.rank; ++d) rows *= m.box[d];
+  for (int row = 0; row < rows; ++row, shared += 128) {
+    int64_t offset = 0;
+    bool inside = true;
+    for (int d = 1, rest = row; d < m.rank; rest /= m.box[d++]) {
+      const int64_t i = at.begin()[d] + rest % m.box[d];
+      inside &= i >= 0 && i < m.size[d];
+      offset += i * m.stride[d];
+    }
+    for (int piece = 0; piece < 8; ++piece) {
+      const int64_t column = at.begin()[0] + piece * 8;
+      const uint32_t place = shared + piece * 16;
+      f(place ^ (place >> 7 & 7) << 4, inside && column >= 0 && column < m.size[0] ? m.base + offset + column * 2 : nullptr);
+    }
+  }
+}
+void tensor_load(uint32_t to, const CUtensorMap* map, std::initializer_list<int> at, uint32_t barrier) {
+  static const char zeros[16] = {};
+  each_piece(*reinterpret_cast<const TensorMap*>(map), at, to,
+             [&](uint32_t to, const char* from) { issue({&cta(), to, from ? from : zeros, 16, barrier, 0}); });
+}
+void tensor_store(const CUtensorMap* map, std::initializer_list<int> at, uint32_t from) {
+  each_piece(*reinterpret_cast<const TensorMap*>(map), at, from, [&](uint32_t from, char* to) {
+    if (to) bulk_store(to, from, 16);
+  });
+}
 void store_async(uint32_t to, uint32_t value, uint32_t barrier) {
   Cta& c = of_cluster(to);
   if (&of_cluster(barrier) != &c) fail("st.async: data and barrier in different blocks");

@@ -118,6 +118,20 @@ __device__ __forceinline__ void cotangents(float (&o)[4][4], float (&dp)[4][4], 
     }
 }
 
+// e of half of the slots of a bank to memory, as accumulators lie; or, always the same thread, added to what is there.
+__device__ inline void save_e(float* tile, const float (&e)[4][4], bool first, int half, int tid) {
+  float4* const to = reinterpret_cast<float4*>(tile) + half * 512 + tid;
+  if (first) {
+#pragma unroll
+    for (int t = 0; t < 4; ++t) to[t * 128] = make_float4(e[t][0], e[t][1], e[t][2], e[t][3]);
+  } else {
+#pragma unroll
+    for (int t = 0; t < 4; ++t)
+      asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to + t * 128), "f"(e[t][0]), "f"(e[t][1]), "f"(e[t][2]), "f"(e[t][3])
+                   : "memory");
+  }
+}
+
 // Half of Yk or Yv into the tile of a bank and what rounding drops into the one after it.
 template <class E>
 __device__ inline void store_half(E* tile, const float (&x)[4][4], int half, int warp) {

@@ -108,6 +108,14 @@ struct Chunk {
   }
 };
 
+// The i-th of a sequence, which may lie in shared memory: registers that hold it over a loop would be spilled.
+__device__ inline Chunk chunk_of(const Params& p, const Sequence& s, int64_t i, int C) {
+  Chunk c;
+  c.seq = s;
+  c.select(p, i, C);
+  return c;
+}
+
 __device__ inline bool find_chunk(const Params& p, int64_t slot, int C, Chunk& c) {
   int64_t n;
   if (p.cu_seqlens) {

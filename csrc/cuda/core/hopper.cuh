@@ -92,6 +92,17 @@ __device__ inline void bulk_store(void* to, const void* from, uint32_t bytes) {
 __device__ inline void bulk_prefetch(const void* from, uint32_t bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
+// Boxes of a tensor map: 64 columns of a head's tokens; 64 slots of 64 rows of states.
+__device__ inline void load_box(void* to, const CUtensorMap& map, int column, int head, int token, int batch, uint64_t* barrier) {
+  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(address(to)), "l"(&map),
+               "r"(column), "r"(head), "r"(token), "r"(batch), "r"(address(barrier))
+               : "memory");
+}
+__device__ inline void load_box(void* to, const CUtensorMap& map, int column, int row, uint64_t* barrier) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(address(to)), "l"(&map),
+               "r"(column), "r"(row), "r"(address(barrier))
+               : "memory");
+}
 __device__ inline void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // What the groups of this thread read may be overwritten.
 __device__ inline void bulk_wait() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
@@ -299,6 +310,27 @@ __device__ inline float2 both_at(uint32_t p) {
   return make_float2(hi.x + lo.x, hi.y + lo.y);
 }
 
+// 64 tokens of a head, D columns from `column` on, zero where the chunk has ended: 128 D bytes for the barrier. By one thread.
+template <int D, class E>
+__device__ inline void bring_tokens(E* tiles, const TokenMap& map, const Params& p, const Chunk& c, int head, uint64_t* barrier, int column = 0) {
+  const int first = static_cast<int>(c.first), batch = static_cast<int>(c.batch);
+  if (!p.reverse && (c.length == kChunk || !p.cu_seqlens)) {  // what is not packed ends with the tensor
+#pragma unroll
+    for (int g = 0; g < D / 64; ++g) load_box(tiles + g * kTile, map.tokens, column + g * 64, head, first, batch, barrier);
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < kChunk; ++i)
+#pragma unroll
+      for (int g = 0; g < D / 64; ++g)
+        load_box(tiles + g * kTile + i * 64, map.token, column + g * 64, head, i < c.length ? first + i * c.step : -1, batch, barrier);
+  }
+}
+// The rows of a bank of a boundary state [D][M] from `row` on, zero from slot M on: 128 D bytes. By one thread.
+template <int D, class E>
+__device__ inline void bring_state(E* tile, const CUtensorMap& map, int64_t row, uint64_t* barrier, int bank = 0) {
+#pragma unroll
+  for (int g = 0; g < D / 64; ++g) load_box(tile + g * kTile, map, bank * kSlots, static_cast<int>(row) + g * 64, barrier);
+}
 // 64 tokens of a head, D columns, zero from `rows` on. Asynchronous.
 template <int D, int THREADS, class E>
 __device__ inline void load_tokens(E* tiles, const Rows& src, int rows, int tid) {
@@ -431,28 +463,26 @@ __device__ inline void scale_rows(float (&c)[NT][4], float top, float bottom) {
   for (int t = 0; t < NT; ++t) c[t][0] *= top, c[t][1] *= top, c[t][2] *= bottom, c[t][3] *= bottom;
 }
 
-// A state tensor Hk [K][M] (values: Hv [M][V]) to and from registers, rows = slots.
+// A state tensor Hk [K][M] (values: Hv [M][V]), rows = slots: f(an element of h, its place). Addresses are made as they are needed: there are no registers for all of them.
+template <int NT, class F>
+__device__ inline void each_of_state(float (&h)[NT][4], bool values, int D, int M, int warp, F&& f) {
+  const int slot = warp * 16 + frag_row(), across = values ? 1 : M, down = values ? D : 1;
+#pragma unroll
+  for (int t = 0; t < NT; ++t) {
+    const int first = kept(slot * down + (t * 8 + frag_col()) * across);
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      if (slot + (e >> 1) * 8 < M) f(h[t][e], first + (e & 1) * across + (e >> 1) * 8 * down);
+  }
+}
 template <int NT>
 __device__ inline void load_registers(float (&h)[NT][4], const float* state, bool values, int D, int M, int warp) {
   zero(h);
-  if (!state) return;
-#pragma unroll
-  for (int t = 0; t < NT; ++t)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int m = warp * 16 + frag_row() + (e >> 1) * 8, d = t * 8 + frag_col() + (e & 1);
-      if (m < M) h[t][e] = state[values ? m * D + d : d * M + m];
-    }
+  if (state) each_of_state(h, values, D, M, warp, [&](float& x, int i) { x = state[i]; });
 }
 template <int NT>
-__device__ inline void store_registers(float* state, const float (&h)[NT][4], bool values, int D, int M, int warp) {
-#pragma unroll
-  for (int t = 0; t < NT; ++t)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int m = warp * 16 + frag_row() + (e >> 1) * 8, d = t * 8 + frag_col() + (e & 1);
-      if (m < M) state[values ? m * D + d : d * M + m] = h[t][e];
-    }
+__device__ inline void store_registers(float* state, float (&h)[NT][4], bool values, int D, int M, int warp) {
+  each_of_state(h, values, D, M, warp, [&](float x, int i) { state[i] = x; });
 }
 
 // ------------------------------------------------------------------------------------------------------------ gates
@@ -870,21 +900,22 @@ __device__ inline void softmax(float (&x)[8][4], float c, int M) {
 template <class E>
 struct Saved {
   E Y[2][2][kTile];                                        // [keys, values][rounded, what rounding dropped]: a cotangent's tile as products read it
-  float e[kTile];                                          // o1 do1 + p dp without the diagonal, as accumulators lie: [column / 8][thread of a warpgroup][4]
+  float e
+      [kTile];  // o1 do1 + p dp without the diagonal, as accumulators lie: [column / 8][thread of a warpgroup][4]. The first of hopper_query_heads has their sum
 };
 // The same for heads of more than 128 dimensions, where hopper_wide_queries.cu has done more of it. Of a chunk of several windows Y is relative to the chunk's beginning.
 template <class E>
 struct WideSaved {
   E Y[2][2][kTile];
-  E A[4][kTile];                                           // tril(Yv S^T) in two parts; tril(Yk S^T); Yk exp(ref)
-  float T[kTile];                                          // e - S inner, as accumulators lie
-  float U[kTile];                                          // (inner + diagonal of (B A^T) Y) / R: ds without what comes from after the chunk
+  E A[4][kTile];  // tril(Yv S^T) in two parts; tril(Yk S^T); Yk exp(ref)
+  float T[kTile];  // e - S inner, as accumulators lie
+  float U[kTile];  // (inner + diagonal of (B A^T) Y) / R: ds without what comes from after the chunk
 };
 // The workspace of backward (hopper.h), typed. Counted in boundary slots.
 template <class E>
 struct Backward {
-  Saved<E>* saved;                                         // [slots][query heads][banks]
-  GateImage<E>* gates;                                     // [slots][heads][banks]
+  Saved<E>* saved;  // [slots][query heads][banks]
+  GateImage<E>* gates;  // [slots][heads][banks]
   E* E0;  // [slots][heads][banks][keys, values, what rounding dropped of the values][D / 64] tiles [slot][dimension]
   float* edge;  // [slots][heads][banks][keys, values][D / 64][64]: exp(G_end) <H, dH>, in parts
   explicit Backward(const BackwardWorkspace& w)
