@@ -107,9 +107,19 @@ __device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary
           bulk_store(gate_images[c.slot * p.H + head].S, w.S, sizeof(w.S));
           bulk_commit();
         }
+      // With images, where there are registers for it, while o1 becomes p, or while p is waited for; the tile stays what it was.
+      auto move_on = [&] {
+        scale_rows(H, w.in[row], w.in[row + 8]);
+        hand_over(H);
+        products_begin();
+        product<E, 4, 1, 1>(H, mnmajor(w.S[0]), mnmajor(x), true);
+        product<E, 4, 1, 1>(H, mnmajor(w.S[1]), mnmajor(x), true);
+        products_commit();
+      };
       if (!values && outputs) {
         float o[8][4], d[2];
         scores<E, D, true>(o, d, m.q[tokens.i], x, tile, w.S[0], w.in, warp);
+        if (images) move_on();
         scale_by_R(o, w, warp);
         softmax(o, static_cast<float>(p.scale) * 1.4426950408889634f, p.M);
         scale_by_R(o, w, warp);
@@ -123,6 +133,7 @@ __device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary
         arrive_warp(&m.p_full);
         p_parity ^= 1;
       } else if (outputs) {
+        if (images) move_on();
         wait(&m.p_full, p_parity);
         p_parity ^= 1;
         float a[8][4];
@@ -149,12 +160,7 @@ __device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary
         if constexpr (images) store_window<E>(rows_of(p.o, c, q_head), o, warp, 0, c.length);
         else store_window<E>(rows_of(p.o, c, q_head), o, warp, w.begin, w.end);
       }
-      scale_rows(H, w.in[row], w.in[row + 8]);
-      hand_over(H);
-      products_begin();
-      product<E, 4, 1, 1>(H, mnmajor(w.S[0]), mnmajor(x), true);
-      product<E, 4, 1, 1>(H, mnmajor(w.S[1]), mnmajor(x), true);
-      products_commit();
+      if (!images || !outputs) move_on();
       products_wait<0>();
       hand_over(H);
       scale_rows(H, w.out[row], w.out[row + 8]);

@@ -10,9 +10,9 @@
 // the other works. A chunk of several windows: o1, A2 and P exp(G) token by token (core/exact.cuh), in a branch of its own.
 //
 //     shared memory      written by            read until                                                      in a chunk of several windows
-//     q                  cp.async              o1 is there: then the next head's is on its way                 later X, then A2; p exp(G)
-//     k, Hk              cp.async              the end                                                         the same, for each head anew
-//     v; Hv              cp.async              the end
+//     q                  copies                o1 is there: then the next head's is on its way                 later X, then A2; p exp(G)
+//     k, Hk              copies                the end                                                         the same, for each head anew
+//     v; Hv              copies                the end
 //     S (two parts), in  bulk copy             the end                                                         exp(g)
 //     P (two parts)      all                   o                                                               s
 //     sums               all                   P: log2 of the sum of 2^(o1 scale log2 e) over a warpgroup's slots, of every row
@@ -30,7 +30,7 @@ struct OutputShared {
   static constexpr int tokens = 64 * D, first = std::max((2 + BANKS) * tokens, 2 * BANKS * 2 * kTile);
   alignas(1024) E qkH[first], Hv[BANKS][tokens], v[tokens], S[BANKS][2][kTile], P[BANKS][2][kTile];
   float in[BANKS * kSlots], sums[2 * BANKS][64];
-  uint64_t S_full;
+  uint64_t S_full, q_full, v_full;  // q, with the first one k and Hk; v and Hv
   __device__ E* q() { return qkH; }
   __device__ E* k() { return qkH + tokens; }
   __device__ E* Hk(int bank) { return qkH + (2 + bank) * tokens; }
@@ -70,6 +70,7 @@ __device__ __forceinline__ void exact_output(const ForwardParams& p, char* memor
       for (int b = 0; b < BANKS; ++b) load_state<D, kThreads>(m.Hk(b), states, p.M, threadIdx.x, b);
       cp_async_commit();
     }
+    if (q_head == first_head) wait(&m.q_full, 0), wait(&m.v_full, 0);
     cp_async_wait_for<0>();
     publish();
     __syncthreads();
@@ -134,7 +135,8 @@ __device__ __forceinline__ void exact_output(const ForwardParams& p, char* memor
 
 template <class E, int D, int BANKS>
 __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void output_kernel(const __grid_constant__ ForwardParams p, const E* boundary, const GateImage<E>* images,
-                                                                        int heads) {
+                                                                        int heads, const __grid_constant__ InputMaps maps,
+                                                                        const __grid_constant__ CUtensorMap states) {
 #if GSA_HOPPER
   extern __shared__ __align__(1024) char memory[];
   constexpr int kThreads = 256 * BANKS, width = D / (2 * BANKS);  // dimensions of a warpgroup
@@ -149,22 +151,25 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void output_kernel(const __
   const GateImage<E>* const image = images + (c.slot * p.H + head) * BANKS;
   const bool cut = image->cut;
   // Everything is on its way before anything is waited for.
-  const E* const states = boundary + (c.slot * p.H + head) * 2 * int64_t(D) * p.M;
-  load_tokens<D, kThreads>(m.q(), rows_of(p.q, c, first_head), c.length, threadIdx.x);
-  load_tokens<D, kThreads>(m.k(), rows_of(p.k, c, head), c.length, threadIdx.x);
-  for (int b = 0; b < BANKS; ++b) load_state<D, kThreads>(m.Hk(b), states, p.M, threadIdx.x, b);
-  cp_async_commit();
-  load_tokens<D, kThreads>(m.v, rows_of(p.v, c, head), c.length, threadIdx.x);
-  for (int b = 0; b < BANKS; ++b) load_state<D, kThreads>(m.Hv[b], states + int64_t(D) * p.M, p.M, threadIdx.x, b);
-  cp_async_commit();
-  if (threadIdx.x == 0 && !cut) {
-    init(&m.S_full, 1);
+  if (threadIdx.x == 0) {
+    init(&m.S_full, 1), init(&m.q_full, 1), init(&m.v_full, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    arrive_expecting(&m.S_full, sizeof(m.S) + sizeof(m.in));
-    for (int b = 0; b < BANKS; ++b) {
-      bulk_load(m.S[b], image[b].S, sizeof(m.S[b]), &m.S_full);
-      bulk_load(m.in + b * kSlots, image[b].in, kSlots * 4, &m.S_full);
+    constexpr uint32_t bytes = 64 * D * 2;
+    const int64_t rows = (c.slot * p.H + head) * 2 * D;
+    arrive_expecting(&m.q_full, (2 + BANKS) * bytes);
+    bring_tokens<D>(m.q(), maps.q, p, c, first_head, &m.q_full);
+    bring_tokens<D>(m.k(), maps.k, p, c, head, &m.q_full);
+    for (int b = 0; b < BANKS; ++b) bring_state<D>(m.Hk(b), states, rows, &m.q_full, b);
+    if (!cut) {
+      arrive_expecting(&m.S_full, sizeof(m.S) + sizeof(m.in));
+      for (int b = 0; b < BANKS; ++b) {
+        bulk_load(m.S[b], image[b].S, sizeof(m.S[b]), &m.S_full);
+        bulk_load(m.in + b * kSlots, image[b].in, kSlots * 4, &m.S_full);
+      }
     }
+    arrive_expecting(&m.v_full, (1 + BANKS) * bytes);
+    bring_tokens<D>(m.v, maps.v, p, c, head, &m.v_full);
+    for (int b = 0; b < BANKS; ++b) bring_state<D>(m.Hv[b], states, rows + D, &m.v_full, b);
   }
   const int own = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), bank = own / 2, half = own % 2, tid = threadIdx.x % 128;
   __syncthreads();
@@ -177,27 +182,29 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void output_kernel(const __
   }
   wait(&m.S_full, 0);
 
+  uint32_t turn = 0;
 #pragma unroll 1
-  for (int q_head = first_head; q_head < first_head + heads; ++q_head) {
+  for (int q_head = first_head; q_head < first_head + heads; ++q_head, turn ^= 1) {
     // Addresses are made where they are used: there are no registers to keep them in.
     auto& m = *reinterpret_cast<OutputShared<E, D, BANKS>*>(memory + kept(0));
     const int thread = kept(threadIdx.x), warp = __shfl_sync(0xffffffffu, thread % 128 / 32, 0);
-    q_head > first_head ? cp_async_wait_for<0>() : cp_async_wait_for<1>();
-    publish();
-    __syncthreads();  // and P and the sums are done with
+    wait(&m.q_full, turn);
+    __syncthreads();  // P and the sums are done with
     float o1[4][4], none[2];
     scores<E, D, true>(o1, none, m.q(), m.k(), m.Hk(bank) + half * 32, m.S[bank][0] + half * 32, m.in + own * 32, warp);
     times(o1, R);
     softmax_of_shares(o1, static_cast<float>(p.scale) * 1.4426950408889634f, p.M, m.sums, own, warp * 16 + frag_row());  // q is done with
-    if (q_head + 1 < first_head + heads) load_tokens<D, kThreads>(m.q(), rows_of(p.q, c, q_head + 1), c.length, thread);
-    cp_async_commit();
+    if (thread == 0 && q_head + 1 < first_head + heads) {
+      arrive_expecting(&m.q_full, 64 * D * 2);
+      bring_tokens<D>(m.q(), maps.q, p, c, q_head + 1, &m.q_full);
+    }
     times(o1, R);
     {
       const auto P = split<E>(o1);
       store_operand<E>(m.P[bank][0], P.hi, warp, half * 32);
       store_operand<E>(m.P[bank][1], P.lo, warp, half * 32);
     }
-    cp_async_wait_for<1>();  // v and Hv
+    wait(&m.v_full, 0);
     publish();
     __syncthreads();
     float x[8][4];
@@ -242,7 +249,8 @@ void hopper_output(const ForwardParams& p, const void* boundary, const void* ima
   const int heads = slots * p.H >= 8 * hopper_multiprocessors() ? r : 1;  // of one block
   select_banks(p, [&]<class E, int D, int BANKS>() {
     launch("hopper_output", output_kernel<E, D, BANKS>, slots * p.H * (r / heads), 256 * BANKS, sizeof(OutputShared<E, D, BANKS>), p.stream, p,
-           static_cast<const E*>(boundary), static_cast<const GateImage<E>*>(images), heads);
+           static_cast<const E*>(boundary), static_cast<const GateImage<E>*>(images), heads, input_maps(static_cast<const Params&>(p)),
+           boundary_map(p, boundary));
   });
 }
 

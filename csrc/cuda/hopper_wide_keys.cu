@@ -27,13 +27,14 @@ namespace {
 
 using namespace hopper;
 
-constexpr int kStages = 3;
+constexpr int kStages = Stream::stages;
 
 template <class E>
 struct WideKeysShared {
   alignas(1024) E tiles[kStages][4][kTile];
   float edge[kSlots];
-  uint64_t full[kStages], met;
+  Stream stream;
+  uint64_t met;
 };
 static_assert(sizeof(WideKeysShared<bf16>) <= 113 * 1024);
 
@@ -55,8 +56,8 @@ struct Step {
 };
 
 template <class E, int D>
-__global__ __launch_bounds__(kWideThreads, 2) void wide_keys_kernel(const __grid_constant__ BackwardParams p, const E* boundary,
-                                                                    const __grid_constant__ Backward<E> w) {
+__global__ __launch_bounds__(kWideThreads, 2) void wide_keys_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ InputMaps maps,
+                                                                    const __grid_constant__ CUtensorMap states, const __grid_constant__ Backward<E> w) {
 #if GSA_HOPPER
   extern __shared__ __align__(1024) char memory[];
   auto& m = *reinterpret_cast<WideKeysShared<E>*>(memory);
@@ -68,55 +69,41 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_keys_kernel(const __grid
   const GateImage<E>& image = w.gates[place_of];
   const WideSaved<E>* const saved = reinterpret_cast<const WideSaved<E>*>(w.saved) + c.slot * p.HQ + head * r;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) init(m.full + i, 1);
     init(&m.met, kWideThreads);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    m.stream.init();
   }
   __syncthreads();
 
-  Step next;  // to be sent off, to stage `free`
-  int stage = 0, free = 0;
-  uint32_t parity = 0, met = 0;
-  auto load = [&] {
-    E(&to)[4][kTile] = m.tiles[free];
-    uint64_t* const full = m.full + free;
-    if (next.side < 3) {
-      if (next.operands) {
-        if (threadIdx.x == 0) {
-          arrive_expecting(full, (next.side == 2 ? 2 : 4) * kTile * 2);
-          bulk_load(to[0], image.S, 2 * kTile * 2, full);
-          if (next.side < 2) bulk_load(to[2], saved[next.head].A[next.side ? 0 : 2], 2 * kTile * 2, full);
-        }
-      } else {
-        const int64_t E_at = (place_of * 3 + next.side) * 64 * D + next.slice * kTile;
-        if (threadIdx.x == 0) {
-          arrive_expecting(full, (1 + next.side) * kTile * 2);
-          bulk_load(to[2], w.E0 + E_at, kTile * 2, full);
-          if (next.side) bulk_load(to[3], w.E0 + E_at + 64 * D, kTile * 2, full);
-        }
-        load_slice(to[0], rows_of(next.side ? p.d_o : p.q, c, head * r + next.head), next.slice * 64, c.length);
-        load_slice(to[1], rows_of(next.side ? p.v : p.k, c, head), next.slice * 64, c.length);
-        if (!next.side) load_state_slice(to[3], boundary + place_of * 2 * int64_t(D) * p.M, next.slice * 64, p.M);
+  Step next;  // to be sent for
+  int sent = 0, step = 0;
+  auto send = [&] {
+    if (threadIdx.x || next.side == 3) return;
+    const bool operands = next.operands;
+    const int side = next.side, tiles = operands ? (side == 2 ? 2 : 4) : 4;
+    m.stream.send(sent++, tiles * sizeof(m.tiles[0][0]), [&](int stage, uint64_t* full) {
+      E(&to)[4][kTile] = m.tiles[stage];
+      if (operands) {
+        bulk_load(to[0], image.S, 2 * kTile * 2, full);
+        if (side < 2) bulk_load(to[2], saved[next.head].A[side ? 0 : 2], 2 * kTile * 2, full);
+        return;
       }
-    }
-    cp_async_commit();
+      const E* const E_at = w.E0 + (place_of * 3 + side) * 64 * D + next.slice * kTile;
+      bring_tokens<64>(to[0], side ? maps.d_o : maps.q, p, c, head * r + next.head, full, next.slice * 64);
+      bring_tokens<64>(to[1], side ? maps.v : maps.k, p, c, head, full, next.slice * 64);
+      bulk_load(to[2], E_at, kTile * 2, full);
+      if (side) bulk_load(to[3], E_at + 64 * D, kTile * 2, full);
+      else bring_state<64>(to[3], states, place_of * 2 * D + next.slice * 64, full);
+    });
     next.advance(slices, r);
-    free = free == kStages - 1 ? 0 : free + 1;
   };
-  // The next stage, complete; the one two steps on is sent off.
+  // The next stage, complete; the one before it is done with, the one two steps on is sent for.
   auto arrived = [&]() -> const E* {
-    cp_async_wait_for<kStages - 2>();
-    wait(m.full + stage, parity);
-    publish();
-    arrive(&m.met), wait(&m.met, met);  // everybody is done with the one before it
-    met ^= 1;
-    load();
-    const E* t = m.tiles[stage][0];
-    if (++stage == kStages) stage = 0, parity ^= 1;
-    return t;
+    if (step) m.stream.done(step - 1);
+    send();
+    return m.tiles[m.stream.arrived(step++)][0];
   };
-  load();
-  load();
+  send();
+  send();
   if (threadIdx.x < kSlots) {
     const float* edges = w.edge + place_of * 2 * D + threadIdx.x;  // D / 64 parts of either side
     float sum = 0.f;
@@ -158,6 +145,7 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_keys_kernel(const __grid
       hand_over(dx);
       if (now.head == r - 1) store_window<E>(rows_of(now.side ? p.dv : p.dk, c, head), dx, warp, 0, c.length, now.slice * 64);
     }
+    arrive(&m.met);
   } else {
     float outer[8][4], dq[8][4];
     zero(outer);
@@ -187,7 +175,8 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_keys_kernel(const __grid
       hand_over(outer);
       if (!now.side) store_window<E>(rows_of(p.dq, c, head * r + now.head), dq, warp, 0, c.length, now.slice * 64);
     }
-    store_R(reinterpret_cast<float*>(m.tiles[stage]), outer, row, frag_col());
+    arrive(&m.met), wait(&m.met, 0);  // the other may be a step behind
+    store_R(reinterpret_cast<float*>(m.tiles[step % kStages]), outer, row, frag_col());
   }
   __syncthreads();
 
@@ -208,7 +197,7 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_keys_kernel(const __grid
   sum_of(T, saved->T);
   sum_of(U, saved->U);
   get(F, image.R + half * 2048, tid);
-  load_R(outer, reinterpret_cast<const float*>(m.tiles[stage]), row, col);
+  load_R(outer, reinterpret_cast<const float*>(m.tiles[step % kStages]), row, col);
   const uint32_t S_row = place(S, row, frag_col()) ^ (half * 64);
 #pragma unroll
   for (int t = 0; t < 4; ++t)
@@ -236,7 +225,7 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_keys_kernel(const __grid
         F[t][e] = j < c.length && slot < p.M ? expf(load_as_float(g.ptr, g.at(j) + slot, g.dtype)) : 1.f;
       }
   }
-  E* const terms = m.tiles[stage == kStages - 1 ? 0 : stage + 1][0] + half * 2 * kTile;  // of this half's columns, two parts side by side
+  E* const terms = m.tiles[(step + 1) % kStages][0] + half * 2 * kTile;  // of this half's columns, two parts side by side
   {
     auto X = split<E>(T);
     store_operand<E>(terms, X.hi, warp), store_operand<E>(terms, X.lo, warp, 32);
@@ -292,8 +281,8 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_keys_kernel(const __grid
 void hopper_wide_keys(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w) {
   const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, kChunk);
   select_wide(p, [&]<class E, int D>() {
-    launch("hopper_wide_keys", wide_keys_kernel<E, D>, slots * p.H, kWideThreads, sizeof(WideKeysShared<E>), p.stream, p, static_cast<const E*>(boundary),
-           Backward<E>(w));
+    launch("hopper_wide_keys", wide_keys_kernel<E, D>, slots * p.H, kWideThreads, sizeof(WideKeysShared<E>), p.stream, p, input_maps(p),
+           boundary_map(p, boundary), Backward<E>(w));
   });
 }
 

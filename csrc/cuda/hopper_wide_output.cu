@@ -14,7 +14,7 @@
 // two parts: X, S, P, A2, except P exp(ref).
 //
 //     shared memory of the first        written by            read until
-//     tiles              cp.async              three stages of q, k, Hk; then of a chunk of several windows gates, X, then A2, o1, then p exp(G)
+//     tiles              copies                three stages of q, k, Hk; then of a chunk of several windows gates, X, then A2, o1, then p exp(G)
 //     S (two parts), in  bulk copy             A2
 //     X, then P          both halves           o1; A2, then P exp(ref)
 #include "core/wide.cuh"
@@ -25,13 +25,12 @@ namespace {
 
 using namespace hopper;
 
-constexpr int kStages = 3;
-
 template <class E>
 struct WideOutputShared {
-  alignas(1024) E tiles[kStages][3][kTile];
+  alignas(1024) E tiles[Stream::stages][3][kTile];
   E S[2][kTile], X[2][kTile];
   float in[kSlots], sums[2][64];
+  Stream stream;
   uint64_t S_full;
 };
 static_assert(sizeof(WideOutputShared<bf16>) <= 113 * 1024);
@@ -47,7 +46,8 @@ struct Scores {
 };
 
 template <class E, int D>
-__global__ __launch_bounds__(kWideThreads, 2) void wide_scores_kernel(const __grid_constant__ ForwardParams p, const E* boundary, const GateImage<E>* images,
+__global__ __launch_bounds__(kWideThreads, 2) void wide_scores_kernel(const __grid_constant__ ForwardParams p, const __grid_constant__ InputMaps maps,
+                                                                      const __grid_constant__ CUtensorMap states, const GateImage<E>* images,
                                                                       Scores<E>* scores) {
 #if GSA_HOPPER
   extern __shared__ __align__(1024) char memory[];
@@ -59,37 +59,34 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_scores_kernel(const __gr
   if (!find_chunk(p, slot_by_time(p, blockIdx.x / p.HQ, true), kChunk, c)) return;
   const GateImage<E>& image = images[c.slot * p.H + head];
   const bool cut = image.cut;
-  const E* const states = boundary + (c.slot * p.H + head) * 2 * int64_t(D) * p.M;
-  auto load = [&](int step, int stage) {
-    if (step < slices) {
+  auto send = [&](int step) {
+    if (threadIdx.x || step >= slices) return;
+    m.stream.send(step, sizeof(m.tiles[0]), [&](int stage, uint64_t* full) {
       E(&to)[3][kTile] = m.tiles[stage];
-      load_slice(to[0], rows_of(p.q, c, q_head), step * 64, c.length);
-      load_slice(to[1], rows_of(p.k, c, head), step * 64, c.length);
-      load_state_slice(to[2], states, step * 64, p.M);
-    }
-    cp_async_commit();
+      bring_tokens<64>(to[0], maps.q, p, c, q_head, full, step * 64);
+      bring_tokens<64>(to[1], maps.k, p, c, head, full, step * 64);
+      bring_state<64>(to[2], states, (c.slot * p.H + head) * 2 * D + step * 64, full);
+    });
   };
-  load(0, 0);
-  load(1, 1);
-  if (threadIdx.x == 0 && !cut) {
+  if (threadIdx.x == 0) {
     init(&m.S_full, 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    arrive_expecting(&m.S_full, sizeof(m.S) + sizeof(m.in));
-    bulk_load(m.S, image.S, sizeof(m.S), &m.S_full);
-    bulk_load(m.in, image.in, sizeof(m.in), &m.S_full);
+    m.stream.init();
+    send(0), send(1);
+    if (!cut) {
+      arrive_expecting(&m.S_full, sizeof(m.S) + sizeof(m.in));
+      bulk_load(m.S, image.S, sizeof(m.S), &m.S_full);
+      bulk_load(m.in, image.in, sizeof(m.in), &m.S_full);
+    }
   }
+  __syncthreads();
   const int half = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), tid = threadIdx.x % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0);
   const int row = warp * 16 + frag_row(), col = half * 32 + frag_col();
-  int stage = 0, free = 2;  // of the next slice; of the one two steps on
   float x[4][4], o1[4][4], R[4][4];
   if (!cut) get(R, image.R + half * 2048, tid);
 #pragma unroll 1
   for (int step = 0; step < slices; ++step) {
-    cp_async_wait_for<1>();
-    publish();
-    __syncthreads();  // the slice is there, and everybody is done with the one before it
-    load(step + 2, free);
-    const E* t = m.tiles[stage][0];
+    send(step + 2);
+    const E* t = m.tiles[m.stream.arrived(step)][0];
     hand_over(x);
     hand_over(o1);
     products_begin();
@@ -99,7 +96,7 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_scores_kernel(const __gr
     products_wait<0>();
     hand_over(x);
     hand_over(o1);
-    free = stage, stage = stage == kStages - 1 ? 0 : stage + 1;
+    m.stream.done(step);
   }
 
   const float scale = static_cast<float>(p.scale) * 1.4426950408889634f;
@@ -313,7 +310,7 @@ void hopper_wide_output(const ForwardParams& p, const void* boundary, const void
     const auto* gates = static_cast<const GateImage<E>*>(images);
     auto* const scores = static_cast<Scores<E>*>(room);
     launch("hopper_wide_scores", wide_scores_kernel<E, D>, slots * p.HQ, kWideThreads, sizeof(WideOutputShared<E>), p.stream, p,
-           static_cast<const E*>(boundary), gates, scores);
+           input_maps(static_cast<const Params&>(p)), boundary_map(p, boundary), gates, scores);
     const int64_t blocks = p.N * p.H * (D / 128);
     auto run = [&]<int GROUPS, int STAGES>() {
       launch("hopper_wide_values", wide_values_kernel<E, D, GROUPS, STAGES>, blocks * 2 / GROUPS, GROUPS * 128, sizeof(WideValuesShared<E, GROUPS, STAGES>),

@@ -12,7 +12,7 @@
 // warpgroups, each with half of the columns of X and A, and of the slots. Operands in two parts: X, S, Y. Two blocks on a multiprocessor.
 //
 //     shared memory      written by            read until
-//     tiles              cp.async              three stages of a, b, H; then 0 .. 3: Yk, Yv, 4, 5: X of the values, 6, 7: A2, 8: A1, each in two parts but A1;
+//     tiles              copies                three stages of a, b, H; then 0 .. 3: Yk, Yv, 4, 5: X of the values, 6, 7: A2, 8: A1, each in two parts but A1;
 //                                              of a chunk of several windows gates, X of the values, a tile of rows
 //     X                  both halves           of the keys in two parts: inner; then Yk exp(ref). Several windows: in fp32
 //     S (two parts)      bulk copy             T. Several windows: another tile of rows
@@ -25,14 +25,13 @@ namespace {
 
 using namespace hopper;
 
-constexpr int kStages = 3;
-
 template <class E>
 struct WideQueriesShared {
-  alignas(1024) E tiles[kStages * 3][kTile];
+  alignas(1024) E tiles[Stream::stages * 3][kTile];
   E X[2][kTile], S[2][kTile];
   float in[kSlots], diagonal[2][64];
   RowSums<2> sums;
+  Stream stream;
   uint64_t S_full;
 };
 static_assert(sizeof(WideQueriesShared<bf16>) <= 113 * 1024);
@@ -87,8 +86,8 @@ __device__ __noinline__ void exact_queries(Exact& m, float* X, const float* othe
 }
 
 template <class E, int D>
-__global__ __launch_bounds__(kWideThreads, 2) void wide_queries_kernel(const __grid_constant__ BackwardParams p, const E* boundary,
-                                                                       const __grid_constant__ Backward<E> w) {
+__global__ __launch_bounds__(kWideThreads, 2) void wide_queries_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ InputMaps maps,
+                                                                       const __grid_constant__ CUtensorMap states, const __grid_constant__ Backward<E> w) {
 #if GSA_HOPPER
   extern __shared__ __align__(1024) char memory[];
   auto& m = *reinterpret_cast<WideQueriesShared<E>*>(memory);
@@ -99,34 +98,29 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_queries_kernel(const __g
   if (!find_chunk(p, slot_by_time(p, blockIdx.x / p.HQ, true), kChunk, c)) return;
   GateImage<E>& image = w.gates[c.slot * p.H + head];
   const bool cut = image.cut;
-  const E* const states = boundary + (c.slot * p.H + head) * 2 * int64_t(D) * p.M;
-  auto load = [&](int step, int stage) {
-    if (step < 2 * slices) {
+  auto send = [&](int step) {
+    if (threadIdx.x || step >= 2 * slices) return;
+    m.stream.send(step, 3 * sizeof(m.tiles[0]), [&](int stage, uint64_t* full) {
       const int side = step >= slices, d = (step - side * slices) * 64;
-      E* const to = m.tiles[stage * 3];
-      load_slice(to, rows_of(side ? p.d_o : p.q, c, q_head), d, c.length);
-      load_slice(to + kTile, rows_of(side ? p.v : p.k, c, head), d, c.length);
-      load_state_slice(to + 2 * kTile, states, side * D + d, p.M);
-    }
-    cp_async_commit();
+      E(*const to)[kTile] = m.tiles + stage * 3;
+      bring_tokens<64>(to[0], side ? maps.d_o : maps.q, p, c, q_head, full, d);
+      bring_tokens<64>(to[1], side ? maps.v : maps.k, p, c, head, full, d);
+      bring_state<64>(to[2], states, ((c.slot * p.H + head) * 2 + side) * D + d, full);
+    });
   };
-  load(0, 0);
-  load(1, 1);
-  if (!cut) {
-    if (threadIdx.x == 0) {
-      init(&m.S_full, 1);
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    }
-    __syncwarp();
-    if (threadIdx.x == 0) {
+  if (threadIdx.x == 0) {
+    init(&m.S_full, 1);
+    m.stream.init();
+    send(0), send(1);
+    if (!cut) {
       arrive_expecting(&m.S_full, sizeof(m.S));
       bulk_load(m.S, image.S, sizeof(m.S), &m.S_full);
     }
-    if (threadIdx.x < kSlots) m.in[threadIdx.x] = image.in[threadIdx.x];
   }
+  if (threadIdx.x < kSlots && !cut) m.in[threadIdx.x] = image.in[threadIdx.x];
+  __syncthreads();
   const int half = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), tid = threadIdx.x % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0);
   const int row = warp * 16 + frag_row(), col = half * 32 + frag_col();
-  int stage = 0, free = 2;  // of the next slice; of the one two steps on
   float o[4][4], dp[4][4];
 #pragma unroll 1
   for (int side = 0; side < 2; ++side) {
@@ -137,11 +131,9 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_queries_kernel(const __g
       for (int e = 0; e < 4; ++e) o[t][e] = dp[t][e];  // of the keys, the second time
 #pragma unroll 1
     for (int slice = 0; slice < slices; ++slice) {
-      cp_async_wait_for<1>();
-      publish();
-      __syncthreads();  // the slice is there, and everybody is done with the one before it
-      load(side * slices + slice + 2, free);
-      const E* t = m.tiles[stage * 3];
+      const int step = side * slices + slice;
+      send(step + 2);
+      const E* t = m.tiles[m.stream.arrived(step) * 3];
       hand_over(x);
       hand_over(dp);
       products_begin();
@@ -151,7 +143,7 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_queries_kernel(const __g
       products_wait<0>();
       hand_over(x);
       hand_over(dp);
-      free = stage, stage = stage == kStages - 1 ? 0 : stage + 1;
+      m.stream.done(step);
     }
     if (side) __syncthreads();  // the tiles are free
 #pragma unroll
@@ -330,8 +322,8 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_queries_kernel(const __g
 void hopper_wide_queries(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w) {
   const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, kChunk);
   select_wide(p, [&]<class E, int D>() {
-    launch("hopper_wide_queries", wide_queries_kernel<E, D>, slots * p.HQ, kWideThreads, sizeof(WideQueriesShared<E>), p.stream, p,
-           static_cast<const E*>(boundary), Backward<E>(w));
+    launch("hopper_wide_queries", wide_queries_kernel<E, D>, slots * p.HQ, kWideThreads, sizeof(WideQueriesShared<E>), p.stream, p, input_maps(p),
+           boundary_map(p, boundary), Backward<E>(w));
   });
 }
 

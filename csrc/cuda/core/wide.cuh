@@ -1,5 +1,5 @@
-// Hopper (sm_90a), heads of 256 and 512 dimensions: what hopper_wide_*.cu share. A block has a chunk and streams over slices of 64 dimensions, which come by
-// asynchronous copies two steps ahead; what is summed over all dimensions stays in registers.
+// Hopper (sm_90a), heads of 256 and 512 dimensions: what hopper_wide_*.cu share. A block has a chunk and streams over slices of 64 dimensions, which one thread sends
+// for two steps ahead; what is summed over all dimensions stays in registers.
 #pragma once
 #include "exact.cuh"
 
@@ -13,27 +13,28 @@ constexpr int kWideThreads = 256;
   const uint32_t each = static_cast<uint32_t>(p.T / kChunk + 2), count = static_cast<uint32_t>(p.N), chunk = i / count;
   return int64_t(i % count) * each + (last_first ? each - 1 - chunk : chunk);
 }
-// One cp.async of 16 bytes; valid false: zeros.
-__device__ inline void copy16(uint32_t to, const void* from, bool valid) {
-  const int bytes = valid ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-}
-// 64 columns of the tokens of a head, from d on: a tile. Two pieces a thread.
-template <class E>
-__device__ inline void load_slice(E* tile, const Rows& src, int d, int rows) {
-  const int r = threadIdx.x / 8, c = threadIdx.x % 8 * 8;
-  const uint32_t to = address(at(tile, r, c));
-  const E* from = static_cast<const E*>(src.ptr) + src.at(r) + (d + c);
-  copy16(to, from, r < rows), copy16(to + 32 * 128, from + 32 * src.step, r + 32 < rows);
-}
-// 64 rows of a boundary state [D][M], from d on.
-template <class E>
-__device__ inline void load_state_slice(E* tile, const E* state, int d, int M) {
-  const int r = threadIdx.x / 8, c = threadIdx.x % 8 * 8;
-  const uint32_t to = address(at(tile, r, c));
-  const E* from = state + (d + r) * M + (c < M ? c : 0);
-  copy16(to, from, c < M), copy16(to + 32 * 128, from + 32 * M, c < M);
-}
+// The stages of a stream, by turns. Of each: what is in it has arrived; all warps are done with it.
+struct Stream {
+  static constexpr int stages = 3;
+  uint64_t full[stages], free[stages];
+  __device__ void init() {
+    for (int i = 0; i < stages; ++i) hopper::init(full + i, 1), hopper::init(free + i, kWideThreads / 32);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  // By one thread: f(stage, barrier) sends for so many bytes.
+  template <class F>
+  __device__ void send(int step, uint32_t bytes, F&& f) {
+    const int stage = step % stages;
+    if (step >= stages) wait(free + stage, (step / stages - 1) & 1);
+    arrive_expecting(full + stage, bytes);
+    f(stage, full + stage);
+  }
+  __device__ int arrived(int step) {
+    wait(full + step % stages, step / stages & 1);
+    return step % stages;
+  }
+  __device__ void done(int step) { arrive_warp(free + step % stages); }
+};
 
 // The warp's 16 rows of a tile as an operand, and of its transpose.
 template <class E>
