@@ -157,15 +157,19 @@ struct Beside {
   }
 };
 
-// The workspace after that. A group of query heads shares its gates, parts need them for every chunk; the states are made as backward would make them again,
-// which may find them kept.
+// The workspace after that. A group of query heads shares its gates, parts need them for every chunk. Where backward goes in parts the states are made as it would make
+// them again, and may find them kept.
 struct HopperPlan {
-  bool walks, images, few;
+  bool walks, shared, images, few;
   int64_t cut, starts, states, products, bytes;   // offsets; the images are at 0
-  explicit HopperPlan(const Params& p) : walks(hopper_walks(p)), images(!hopper_fuses(p)), few(images && (!walks || p.boundary) && hopper_few(p)) {
+  explicit HopperPlan(const Params& p)
+      : walks(hopper_walks(p)),
+        shared(!walks || p.HQ > p.H),
+        images(shared || (p.boundary && !hopper_fuses(p))),
+        few(images && (!walks || p.boundary) && hopper_few(p)) {
     const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, chunk_length(p.q.dtype, p.math, p.M));
     cut = images ? arena(hopper_gates_bytes(p), 1) : 0;
-    starts = cut + (images && walks ? arena(p.N * p.H * hopper_segments(p).count, 4) : 0);
+    starts = cut + (shared && walks ? arena(p.N * p.H * hopper_segments(p).count, 4) : 0);
     states = starts + arena(hopper_starts_floats(p), 4);
     products = states + (walks || p.boundary ? 0 : arena(slots * p.H * (p.K + p.V) * p.M, 2));
     bytes = products + (few ? arena(hopper_products_bytes(p), 1) : hopper_wide(p) ? arena(hopper_wide_scores_bytes(p), 1) : 0);
@@ -175,9 +179,9 @@ struct HopperPlan {
 void forward_for_hopper(const ForwardParams& p) {
   const HopperPlan at(p);
   char* const images = static_cast<char*>(p.workspace);
-  if (!at.images) return hopper_forward(p, p.boundary);
+  if (hopper_fuses(p)) return hopper_forward(p, p.boundary);
   float* const products = at.few ? reinterpret_cast<float*>(images + at.products) : nullptr;
-  hopper_gates(p, images);
+  if (at.images) hopper_gates(p, images);
   if (!at.walks) {
     void* const states = p.boundary ? p.boundary : images + at.states;
     hopper_states(p, images, states, products, hopper_wide(p));
@@ -189,8 +193,8 @@ void forward_for_hopper(const ForwardParams& p) {
     hopper_states(states_only, images, p.boundary, products);
   }
   float* const starts = hopper_segments(p).count > 1 ? reinterpret_cast<float*>(images + at.starts) : nullptr;
-  if (starts) hopper_starts(p, images, starts);
-  hopper_forward(p, nullptr, images, reinterpret_cast<int*>(images + at.cut), starts);
+  if (starts) hopper_starts(p, starts);
+  at.shared ? hopper_forward(p, nullptr, images, reinterpret_cast<int*>(images + at.cut), starts) : hopper_forward(p, nullptr, nullptr, nullptr, starts);
 }
 
 }  // namespace

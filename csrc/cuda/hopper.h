@@ -24,7 +24,7 @@ bool hopper_takes(const Params& p);
 // Of what they take: heads of more than 128 dimensions, which never walk and whose chunks are streamed over (hopper_wide_*.cu).
 inline bool hopper_wide(const Params& p) { return p.K > 128; }
 // The forward walk: a block does a sequence and query head, or with few of them one of several segments. What the states are at the beginning of each but the first
-// is found by scans of `chunks` chunks each, beside each other, of which each segment has `scans`.
+// is found by scans of `chunks` chunks each, beside each other, of which each segment has `scans` (hopper_starts.cu).
 struct Segments {
   int count = 0, scans = 1, chunks = 0;  // count: of each sequence; 0: it does not walk
   __host__ __device__ int before() const { return (count - 1) * scans; }  // the last segment
@@ -39,11 +39,12 @@ inline bool hopper_fuses(const Params& p) { return p.HQ == p.H && hopper_segment
 // making the same gates for every query head; with them `cut`, room for [N, segments, H] numbers. nullptr: made here. starts: of hopper_starts, where there are several
 // segments.
 void hopper_forward(const ForwardParams& p, void* boundary, const void* images = nullptr, int* cut = nullptr, const float* starts = nullptr);
-// After hopper_gates: the states at the beginning of each segment but the first, in room for hopper_starts_floats.
-void hopper_starts(const ForwardParams& p, const void* images, float* starts);
+// The states at the beginning of each segment but the first, in room for hopper_starts_floats.
+void hopper_starts(const Params& p, float* starts);
+__host__ __device__ inline int64_t start_floats(const Params& p) { return int64_t(p.K + p.V) * p.M + 64; }  // of a scan: Hk, Hv, and the decays of all slots
 inline int64_t hopper_starts_floats(const Params& p) {
   const Segments s = hopper_segments(p);
-  return s.count > 1 ? p.N * s.before() * p.H * (int64_t(p.K + p.V) * p.M + 64) : 0;
+  return s.count > 1 ? p.N * s.before() * p.H * start_floats(p) : 0;
 }
 
 // The same without o where each query head has keys and values of its own: the boundary states, and images as hopper_gates makes them for hopper_walk.

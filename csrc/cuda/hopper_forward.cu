@@ -329,7 +329,7 @@ Segments hopper_segments(const Params& p) {
   if (p.cu_seqlens || count < 2) return {};
   if (wanted != Kernels::segments) {
     if (chunks < count * max(int64_t(5), count / 3)) return {};  // over before what comes before the walk pays; measured
-    scans = std::min({2 * at_once / ((count - 1) * p.N * p.H * 2 * (p.K / 64)), kPartsAtMost / (count - 1), int64_t(4)});
+    scans = std::min({2 * at_once / ((count - 1) * p.N * p.H), kPartsAtMost / (count - 1), chunks / (count * 4)});
     scans = max(scans, int64_t(1));
   }
   const int64_t each = ceil_div(chunks, count * scans);

@@ -10,10 +10,7 @@
 // S and the two factors come from hopper_gates.cu, Y from hopper_queries.cu: of a chunk of several windows relative to nothing, so that here it is made relative to
 // the chunk's beginning (that of hopper_wide_queries.cu is). Tiles come three steps (a chunk and query head) ahead, or six, where there is one block on a multiprocessor, brought by
 // one thread; the products of a group's heads follow each other without a pause. Few sequences and
-// heads leave most of the GPU idle: hopper_few.cu, and where the forward pass walks in segments
-//     starts_kernel: this scan of parts of a sequence beside each other, each as if nothing were before it, no boundary states, and what the whole part multiplies a state with
-//     join_kernel:   H <- decay H + that of the part; the states at the beginning of segments
-// In the room of hopper_starts: of each part Hk, Hv, decay; join_kernel leaves in the last one before a segment what that begins with.
+// heads leave most of the GPU idle: hopper_few.cu, and where the forward pass walks in segments hopper_starts.cu.
 #include "core/hopper.cuh"
 #include "core/select.cuh"
 #include "hopper.h"
@@ -33,15 +30,12 @@ struct ScanShared {
 };
 static_assert(sizeof(ScanShared<bf16, 3>) <= 113 * 1024 && sizeof(ScanShared<bf16, 6>) <= 227 * 1024);
 
-enum class Scan { states, starts, cotangents };
-
-template <class E, int D, Scan what, int STAGES>
+template <class E, int D, bool reverse, int STAGES>
 __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ ScanEnds ends,
                                                                              E* boundary, const __grid_constant__ Backward<E> w, int sides,
-                                                                             const __grid_constant__ Segments segments, const __grid_constant__ InputMaps maps,
+                                                                             const __grid_constant__ InputMaps maps,
                                                                              const __grid_constant__ CUtensorMap states) {
 #if GSA_HOPPER
-  constexpr bool reverse = what == Scan::cotangents, starts = what == Scan::starts;
   extern __shared__ __align__(1024) char memory[];
   auto& m = *reinterpret_cast<ScanShared<E, STAGES>*>(memory);
   constexpr int slices = D / 64;
@@ -49,11 +43,10 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
   const int banks = banks_of(p), heads = p.H * banks;  // of key/value heads and their banks
   const int r = reverse ? p.HQ / p.H : 1, slice = blockIdx.x % slices, side = blockIdx.x / slices % sides, id = blockIdx.x / (sides * slices) % heads;
   const int head = id / banks, bank = id % banks;
-  const int64_t item = blockIdx.x / (sides * slices) / heads, n = starts ? item / segments.before() : item;
+  const int64_t n = blockIdx.x / (sides * slices) / heads;
   const int64_t pool_row = state_row(p, n);
   if (pool_row < 0) return;
-  Sequence tokens = sequence<false>(p, n, kChunk);
-  if (starts) tokens = part(tokens, item % segments.before(), segments.chunks, kChunk);
+  const Sequence tokens = sequence<false>(p, n, kChunk);
   const int chunks = static_cast<int>(tokens.chunks), first_slot = static_cast<int>(tokens.slot);
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), row = warp * 16 + frag_row();
   if (threadIdx.x == 0) {
@@ -70,12 +63,11 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int slot = bank * kSlots + row + (e >> 1) * 8, d = slice * 64 + t * 8 + frag_col() + (e & 1);
-        const int64_t first = starts ? (item * p.H + head) * start_floats(p) + side * D * p.M : ((broadcast ? 0 : pool_row) * p.H + head) * D * p.M;
+        const int64_t first = ((broadcast ? 0 : pool_row) * p.H + head) * D * p.M;
         if (slot < p.M) f(h[t][e], first + (side ? slot * D + d : d * p.M + slot));
       }
   };
   zero(h);
-  [[maybe_unused]] float decay[2] = {1.f, 1.f};
   if (const float* in = static_cast<const float*>(ends.first[side])) each_element(ends.broadcast, [&](float& x, int64_t i) { x = in[i]; });
 
   const int steps = chunks * r;
@@ -125,16 +117,12 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
       store_operand<E>(out, X.hi, warp);
       if (side) store_operand<E>(out + kTile, X.lo, warp);
     } else {
-      if constexpr (starts) decay[0] *= f.in[0] * f.out[0], decay[1] *= f.in[1] * f.out[1];
-      else store_transposed<E>(out, h, warp);
+      store_transposed<E>(out, h, warp);
       scale_rows(h, f.in[0], f.in[1]);
     }
-    if constexpr (!starts) {
-      publish();
-      __syncthreads();  // `out` is whole
-    }
-    if constexpr (starts) {
-    } else if (!reverse) {
+    publish();
+    __syncthreads();  // `out` is whole
+    if (!reverse) {
       store_state<64>(boundary + rows_of_state(slot) * p.M, out, p.M, threadIdx.x, bank);
     } else if (threadIdx.x == 0) {
       bulk_store(w.E0 + (at * 3 + side) * 64 * D + slice * kTile, out, kTile * 2);
@@ -175,66 +163,25 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
     if (!reverse) scale_rows(h, f.out[0], f.out[1]);
     else if (!f.cut) scale_rows(h, f.in[0], f.in[1]);
   }
-  if (float* out = static_cast<float*>(ends.last[side])) {
-    each_element(false, [&](float& x, int64_t i) { out[i] = x; });
-    if (starts && side == 0 && slice == 0 && (lane_id() & 3) == 0) {
-      float* const to = out + (item * p.H + head) * start_floats(p) + 2 * D * p.M + row;
-      to[0] = decay[0], to[8] = decay[1];
-    }
-  }
+  if (float* out = static_cast<float*>(ends.last[side])) each_element(false, [&](float& x, int64_t i) { out[i] = x; });
   if (reverse && threadIdx.x == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 #endif
 }
 
-// Four elements of a state a thread.
-__global__ __launch_bounds__(kThreads) void join_kernel(const __grid_constant__ Params p, const __grid_constant__ Segments segments, float* starts) {
-  const int size = (p.K + p.V) * p.M, blocks = (size / 4 + kThreads - 1) / kThreads, i = (blockIdx.x % blocks * kThreads + threadIdx.x) * 4;
-  const int64_t head = blockIdx.x / blocks % p.H, n = blockIdx.x / blocks / p.H, each = start_floats(p);
-  if (i >= size) return;
-  const bool values = i >= p.K * p.M;
-  const int own = values ? i - p.K * p.M : i;
-  float4 h = make_float4(0.f, 0.f, 0.f, 0.f);
-  if (const float* in = static_cast<const float*>(values ? p.hv0 : p.hk0))
-    h = *reinterpret_cast<const float4*>(in + ((p.h0_broadcast ? 0 : n * p.H) + head) * p.K * p.M + own);
-  float* const part = starts + (n * segments.before() * p.H + head) * each;
-  constexpr int kAtOnce = 4;
-#pragma unroll 1
-  for (int first = 0; first < segments.before(); first += kAtOnce) {
-    float4 x[kAtOnce], f[kAtOnce];
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k)
-      if (first + k < segments.before()) {
-        const float *const from = part + (first + k) * p.H * each, *const decay = from + size;
-        x[k] = *reinterpret_cast<const float4*>(from + i);
-        f[k] =
-            values ? make_float4(decay[own / p.V], decay[own / p.V], decay[own / p.V], decay[own / p.V]) : *reinterpret_cast<const float4*>(decay + own % p.M);
-      }
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k)
-      if (first + k < segments.before()) {
-        h = make_float4(fmaf(f[k].x, h.x, x[k].x), fmaf(f[k].y, h.y, x[k].y), fmaf(f[k].z, h.z, x[k].z), fmaf(f[k].w, h.w, x[k].w));
-        if ((first + k + 1) % segments.scans == 0) *reinterpret_cast<float4*>(part + (first + k) * p.H * each + i) = h;
-      }
-  }
-}
-
-template <Scan what>
+template <bool reverse>
 void scan(const BackwardParams& p, const ScanEnds& ends, void* boundary, const BackwardWorkspace& w, int sides = 2) {
-  constexpr bool reverse = what == Scan::cotangents, starts = what == Scan::starts;
-  if (w.products && !starts) return hopper_scan_few(p, reverse, ends, boundary, w);
-  const Segments segments = starts ? hopper_segments(p) : Segments{};
+  if (w.products) return hopper_scan_few(p, reverse, ends, boundary, w);
   const InputMaps maps = reverse ? input_maps(p) : input_maps(static_cast<const Params&>(p));
   const CUtensorMap states = reverse ? boundary_map(p, boundary) : CUtensorMap{};
   auto for_size = [&]<class E, int D>() {
-    const int64_t blocks = p.N * (starts ? segments.before() : 1) * p.H * banks_of(p) * sides * (D / 64);
+    const int64_t blocks = p.N * p.H * banks_of(p) * sides * (D / 64);
     auto run = [&]<int STAGES>() {
-      launch(reverse ? "hopper_cotangents" : "hopper_states", scan_kernel<E, D, what, STAGES>, blocks, kThreads, sizeof(ScanShared<E, STAGES>), p.stream, p,
-             ends, static_cast<E*>(boundary), Backward<E>(w), sides, segments, maps, states);
+      launch(reverse ? "hopper_cotangents" : "hopper_states", scan_kernel<E, D, reverse, STAGES>, blocks, kThreads, sizeof(ScanShared<E, STAGES>), p.stream, p,
+             ends, static_cast<E*>(boundary), Backward<E>(w), sides, maps, states);
     };
     blocks > hopper_multiprocessors() ? run.template operator()<3>() : run.template operator()<6>();
   };
-  if constexpr (!starts)
-    if (hopper_wide(p)) return select_wide(p, for_size);
+  if (hopper_wide(p)) return select_wide(p, for_size);
   select_hopper(p, for_size);
 }
 
@@ -247,18 +194,12 @@ BackwardParams with_inputs(const Params& p) {
 }  // namespace
 
 void hopper_states(const ForwardParams& p, const void* images, void* boundary, float* products, bool keys_only) {
-  scan<Scan::states>(with_inputs(p), {{p.hk0, p.hv0}, {p.hkT, p.hvT}, p.h0_broadcast}, boundary,
-                     {const_cast<void*>(images), nullptr, nullptr, nullptr, products}, keys_only ? 1 : 2);
-}
-
-void hopper_starts(const ForwardParams& p, const void* images, float* starts) {
-  scan<Scan::starts>(with_inputs(p), {{nullptr, nullptr}, {starts, starts}, false}, nullptr, {const_cast<void*>(images), nullptr, nullptr, nullptr, nullptr});
-  const int64_t blocks = ceil_div(int64_t(p.K + p.V) * p.M / 4, int64_t(kThreads)) * p.H * p.N;
-  launch("hopper_join", join_kernel, blocks, kThreads, 0, p.stream, static_cast<const Params&>(p), hopper_segments(p), starts);
+  scan<false>(with_inputs(p), {{p.hk0, p.hv0}, {p.hkT, p.hvT}, p.h0_broadcast}, boundary, {const_cast<void*>(images), nullptr, nullptr, nullptr, products},
+              keys_only ? 1 : 2);
 }
 
 void hopper_cotangents(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w) {
-  scan<Scan::cotangents>(p, {{p.dhkT, p.dhvT}, {p.dhk0, p.dhv0}, false}, const_cast<void*>(boundary), w);
+  scan<true>(p, {{p.dhkT, p.dhvT}, {p.dhk0, p.dhv0}, false}, const_cast<void*>(boundary), w);
 }
 
 }  // namespace gsa::cuda

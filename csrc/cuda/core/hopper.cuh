@@ -23,8 +23,6 @@ namespace gsa::cuda::hopper {
 
 constexpr int kChunk = 64, kSlots = 64, kTile = 64 * 64;   // tokens, slots of a bank (padded); elements of a [64 x 64] tile
 __host__ __device__ inline int banks_of(const Params& p) { return p.M > kSlots ? 2 : 1; }
-// What hopper_starts leaves for the end of each of its scans: Hk, Hv, and [kSlots] decays.
-__host__ __device__ inline int64_t start_floats(const Params& p) { return int64_t(p.K + p.V) * p.M + kSlots; }
 constexpr int ldr = kSlots + 8;                            // row stride of R
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
