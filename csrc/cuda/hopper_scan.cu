@@ -51,7 +51,7 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), row = warp * 16 + frag_row();
   if (threadIdx.x == 0) {
     m.sequence = tokens;
-    for (int i = 0; i < STAGES; ++i) init(m.full + i, 1), init(m.free + i, 4);
+    for (int i = 0; i < STAGES; ++i) init(m.full + i, 1), init(m.free + i, kThreads);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
@@ -150,7 +150,7 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
       products_commit();
       if (step > first) {
         products_wait<1>();
-        arrive_warp(m.free + before);
+        arrive(m.free + before);
         load(step + STAGES - 1);
       }
       before = stage;
@@ -158,7 +158,7 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
     } while (++step < first + r);
     products_wait<0>();
     hand_over(h);
-    arrive_warp(m.free + before);
+    arrive(m.free + before);
     load(step + STAGES - 1);
     if (!reverse) scale_rows(h, f.out[0], f.out[1]);
     else if (!f.cut) scale_rows(h, f.in[0], f.in[1]);

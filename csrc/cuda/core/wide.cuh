@@ -13,12 +13,12 @@ constexpr int kWideThreads = 256;
   const uint32_t each = static_cast<uint32_t>(p.T / kChunk + 2), count = static_cast<uint32_t>(p.N), chunk = i / count;
   return int64_t(i % count) * each + (last_first ? each - 1 - chunk : chunk);
 }
-// The stages of a stream, by turns. Of each: what is in it has arrived; all warps are done with it.
+// The stages of a stream, by turns. Of each: what is in it has arrived; every thread is done with it (not one of each warp for the others: racecheck would not see that).
 struct Stream {
   static constexpr int stages = 3;
   uint64_t full[stages], free[stages];
   __device__ void init() {
-    for (int i = 0; i < stages; ++i) hopper::init(full + i, 1), hopper::init(free + i, kWideThreads / 32);
+    for (int i = 0; i < stages; ++i) hopper::init(full + i, 1), hopper::init(free + i, kWideThreads);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   // By one thread: f(stage, barrier) sends for so many bytes.
@@ -33,7 +33,7 @@ struct Stream {
     wait(full + step % stages, step / stages & 1);
     return step % stages;
   }
-  __device__ void done(int step) { arrive_warp(free + step % stages); }
+  __device__ void done(int step) { arrive(free + step % stages); }
 };
 
 // The warp's 16 rows of a tile as an operand, and of its transpose.
