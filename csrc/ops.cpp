@@ -38,12 +38,13 @@ at::ScalarType state_dtype(const Tensor& q) { return q.scalar_type() == at::kDou
 // Kernels read any strides but need the last dimension contiguous; only where it is not is the tensor copied.
 Tensor readable(const Tensor& x) { return x.size(-1) <= 1 || x.stride(-1) == 1 ? x : x.contiguous(); }
 
-// The same, at addresses that 16-byte loads reach. Cotangents come from anywhere.
+// The same, at addresses that 16-byte loads reach, each element at one of its own. Cotangents come from anywhere.
 Tensor readable_in_pieces(const Tensor& x) {
   const Tensor y = readable(x);
   int64_t all = reinterpret_cast<int64_t>(y.data_ptr());
-  for (int64_t i = 0; i + 1 < y.dim(); ++i) all |= y.stride(i) * y.element_size();
-  return all % 16 == 0 ? y : y.clone(at::MemoryFormat::Contiguous);
+  bool expanded = false;
+  for (int64_t i = 0; i + 1 < y.dim(); ++i) all |= y.stride(i) * y.element_size(), expanded |= y.stride(i) == 0 && y.size(i) > 1;
+  return all % 16 == 0 && !expanded ? y : y.clone(at::MemoryFormat::Contiguous);
 }
 
 Tensor in_dtype(const Tensor& x, at::ScalarType t) { return x.scalar_type() == t ? x : x.to(t); }

@@ -261,6 +261,18 @@ def test_slices_of_a_fused_projection(cuda):
     assert torch.equal(odd, even)
 
 
+def test_expanded_inputs_and_cotangents(cuda):
+    """Tensor maps have no dimension without a stride: such an input goes to the portable kernels, a cotangent is copied."""
+    x = make_inputs(2, 100, 2, 2, 64, 64, 32, dtype=BF16, device=cuda)
+    check(chunk_gsa, {**x, "k": x["k"][:1, :, :1].expand(x["k"].shape)})
+    q = x["q"].clone().requires_grad_()
+    o, _ = chunk_gsa(**{**x, "q": q})
+    cotangent = torch.randn(2, 1, 1, 64, device=cuda, dtype=BF16).expand(o.shape)
+    (expanded,) = torch.autograd.grad(o, q, cotangent, retain_graph=True)
+    (own,) = torch.autograd.grad(o, q, cotangent.contiguous())
+    assert torch.equal(expanded, own)
+
+
 def test_nothing_leaks_between_packed_sequences(cuda):
     x = make_inputs(lengths=[70, 50, 80], HQ=2, H=2, K=64, V=64, M=16, dtype=BF16, device=cuda)
     want = chunk_gsa(**x)[0]

@@ -19,7 +19,7 @@ InputMaps input_maps(const BackwardParams& p);
 CUtensorMap boundary_map(const Params& p, const void* boundary);
 
 // Whether they take this call: sm_90a, 16-bit inputs, K = V = 64 or 128 and M a multiple of 8 up to 128, or K = V = 256 or 512 and M up to 64, rows on 16-byte
-// boundaries.
+// boundaries, nothing expanded.
 bool hopper_takes(const Params& p);
 // Of what they take: heads of more than 128 dimensions, which never walk and whose chunks are streamed over (hopper_wide_*.cu).
 inline bool hopper_wide(const Params& p) { return p.K > 128; }

@@ -9,7 +9,7 @@
 // X and A2 are operands in two parts (16 + 16 bits), S too: what is rounded to 16 bits is the states as operands, and P in front of them. Query heads of a group have
 // a block each and share k, v and g through the cache; the first of them writes the states. Making a window takes longer than using it: for a group the windows are
 // made once, by hopper_gates.cu, and one thread brings them and the tokens (`images`); sequences and heads with a chunk of several are left to a second launch.
-// With few sequences and heads a block has a segment of a sequence, begins with the state that hopper_scan.cu has found for it, and is otherwise none the wiser.
+// With few sequences and heads a block has a segment of a sequence, begins with the state that hopper_starts.cu has found for it, and is otherwise none the wiser.
 //
 //     shared memory        written by        read by           barriers (full / empty)
 //     tokens[2]: q, k, v   keys; values      the same          the warpgroup's own; with images tokens_full, tokens_free [side]
@@ -297,7 +297,11 @@ __global__ __launch_bounds__(kThreads<images>, 1) void forward_kernel(const __gr
 
 constexpr int64_t kPartsAtMost = 32;  // of a sequence, that join_kernel goes through one after the other
 
-bool aligned(const View& x) { return ((reinterpret_cast<uintptr_t>(x.ptr) | x.batch * 2 | x.token * 2 | x.head * 2) & 15) == 0; }
+// What tensor maps can tell of: no dimension is expanded.
+bool mappable(const Params& p, const View& x, int heads) {
+  const bool expanded = (p.B > 1 && !x.batch) || (p.T > 1 && !x.token) || (heads > 1 && !x.head);
+  return !expanded && ((reinterpret_cast<uintptr_t>(x.ptr) | x.batch * 2 | x.token * 2 | x.head * 2) & 15) == 0;
+}
 
 // Two neighbouring gates are one load.
 bool pairs(const Params& p, const View& x) {
@@ -312,7 +316,7 @@ bool hopper_takes(const Params& p) {
   if (!hopper_multiprocessors() || wanted_kernels() == Kernels::portable || p.math == Math::exact) return false;
   const bool narrow = p.K == 64 || p.K == 128, wide = p.K == 256 || p.K == 512;
   if (!(p.q.dtype == DType::bf16 || p.q.dtype == DType::f16) || p.K != p.V || !(narrow || wide) || p.M > (narrow ? 2 : 1) * kSlots || p.M % 8) return false;
-  return aligned(p.q) && aligned(p.k) && aligned(p.v) && pairs(p, p.g) && pairs(p, p.s);
+  return mappable(p, p.q, p.HQ) && mappable(p, p.k, p.H) && mappable(p, p.v, p.H) && pairs(p, p.g) && pairs(p, p.s);
 }
 
 // A walk needs a block for most multiprocessors: sequences times query heads, or segments of them. The parts, which cut a sequence into chunks, use more of the GPU where

@@ -541,7 +541,8 @@ static CUresult encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t ra
   for (cuuint32_t i = 0; i < rank; ++i) {
     m.size[i] = static_cast<int64_t>(size[i]), m.box[i] = static_cast<int>(box[i]);
     if (i) m.stride[i] = static_cast<int64_t>(stride[i - 1]);
-    if (size[i] == 0 || size[i] > (1ull << 32) || box[i] > 256 || steps[i] != 1 || m.stride[i] % 16 || m.stride[i] >> 40) return CUDA_ERROR_INVALID_VALUE;
+    if (size[i] == 0 || size[i] > (1ull << 32) || box[i] > 256 || steps[i] != 1 || m.stride[i] % 16 || m.stride[i] >> 40 || (i && !m.stride[i]))
+      return CUDA_ERROR_INVALID_VALUE;
   }
   return CUDA_SUCCESS;
 }
