@@ -86,6 +86,21 @@ def test_lengths_and_slots(T, M, cuda):
     check(chunk_gsa, make_inputs(2, T, 2, 2, 64, 64, M, mode="given", dtype=BF16, device=cuda, initial_state=True))
 
 
+@pytest.mark.parametrize("hopper", ["segments"], indirect=True)
+@pytest.mark.parametrize("slots", ["alike", "one that stays", "one that is lost"])
+@pytest.mark.parametrize("gate", [8.0, 1.0])
+@pytest.mark.parametrize("r,dtype,gate_dtype", [(1, BF16, BF16), (1, FP16, torch.float32), (2, BF16, BF16)])
+def test_segments_begin_with_what_is_left(r, dtype, gate_dtype, gate, slots, cuda):
+    """What the gates leave nothing of before a segment begins, or after it ends, is not looked at; one slot of a head decides for all of it. A head with a
+    chunk of several windows goes another way, its neighbours do not."""
+    x = make_inputs(1, 1000, 2 * r, 2, 64, 64, 16, gate=gate, mode="given", dtype=dtype, gate_dtype=gate_dtype, device=cuda, initial_state=True)
+    if slots == "one that stays":
+        x["g"][:, :, 0, 5] = 0.0
+    if slots == "one that is lost":
+        x["g"][:, ::90, 1, 3] = -torch.inf
+    check(chunk_gsa, x)
+
+
 @pytest.mark.parametrize("r", [1, 2, 4])
 @pytest.mark.parametrize("mode", ["coupled", "given", "abc"])
 @pytest.mark.parametrize("state", [False, True, "broadcast"])

@@ -179,7 +179,9 @@ struct HopperPlan {
 void forward_for_hopper(const ForwardParams& p) {
   const HopperPlan at(p);
   char* const images = static_cast<char*>(p.workspace);
-  if (hopper_fuses(p)) return hopper_forward(p, p.boundary);
+  float* const starts = hopper_segments(p).count > 1 ? reinterpret_cast<float*>(images + at.starts) : nullptr;
+  if (starts) hopper_starts(p, starts);
+  if (hopper_fuses(p)) return hopper_forward(p, p.boundary, nullptr, nullptr, starts);
   float* const products = at.few ? reinterpret_cast<float*>(images + at.products) : nullptr;
   if (at.images) hopper_gates(p, images);
   if (!at.walks) {
@@ -192,8 +194,6 @@ void forward_for_hopper(const ForwardParams& p) {
     static_cast<Params&>(states_only) = p;
     hopper_states(states_only, images, p.boundary, products);
   }
-  float* const starts = hopper_segments(p).count > 1 ? reinterpret_cast<float*>(images + at.starts) : nullptr;
-  if (starts) hopper_starts(p, starts);
   at.shared ? hopper_forward(p, nullptr, images, reinterpret_cast<int*>(images + at.cut), starts) : hopper_forward(p, nullptr, nullptr, nullptr, starts);
 }
 

@@ -23,17 +23,20 @@ CUtensorMap boundary_map(const Params& p, const void* boundary);
 bool hopper_takes(const Params& p);
 // Of what they take: heads of more than 128 dimensions, which never walk and whose chunks are streamed over (hopper_wide_*.cu).
 inline bool hopper_wide(const Params& p) { return p.K > 128; }
-// The forward walk: a block does a sequence and query head, or with few of them one of several segments. What the states are at the beginning of each but the first
-// is found by scans of `chunks` chunks each, beside each other, of which each segment has `scans` (hopper_starts.cu).
+// A walk: a block does a sequence and query head, or with few of them one of several segments. What the states are at the beginning of each but the first
+// is found by scans of `chunks` chunks each, beside each other, of which each segment has `scans` (hopper_starts.cu), and their cotangents at the end of each but the
+// last in the same way, segments undivided (hopper_ends.cu).
 struct Segments {
   int count = 0, scans = 1, chunks = 0;  // count: of each sequence; 0: it does not walk
   __host__ __device__ int before() const { return (count - 1) * scans; }  // the last segment
+  __host__ __device__ int length() const { return scans * chunks; }
+  Segments undivided() const { return {count, 1, length()}; }
 };
 // One bank of slots; sequences, not packed where there are groups, for enough blocks.
 Segments hopper_segments(const Params& p);
 inline bool hopper_walks(const Params& p) { return hopper_segments(p).count > 0; }
-// Whether the backward walk (hopper_walk) does, too: each query head has keys and values of its own, and there are enough of them.
-inline bool hopper_fuses(const Params& p) { return p.HQ == p.H && hopper_segments(p).count == 1; }
+// Whether the backward walk (hopper_walk) does, too: each query head has keys and values of its own.
+inline bool hopper_fuses(const Params& p) { return p.HQ == p.H && hopper_walks(p); }
 
 // boundary: the states before each chunk are written there; nullptr: not kept. p.o.ptr == nullptr: states only. images: of hopper_gates, which take less time than
 // making the same gates for every query head; with them `cut`, room for [N, segments, H] numbers. nullptr: made here. starts: of hopper_starts, where there are several
@@ -48,11 +51,11 @@ inline int64_t hopper_starts_floats(const Params& p) {
 }
 
 // The same without o where each query head has keys and values of its own: the boundary states, and images as hopper_gates makes them for hopper_walk.
-void hopper_forward_states(const ForwardParams& p, void* boundary, void* images);
+void hopper_forward_states(const ForwardParams& p, void* boundary, void* images, const float* starts);
 
 // What depends on the gates alone: a GateImage (core/hopper.cuh) for each chunk, key/value head and bank.
 int64_t hopper_gates_bytes(const Params& p);
-void hopper_gates(const Params& p, void* images, bool plain = false);  // plain: R as hopper_walk reads it
+void hopper_gates(const Params& p, void* images, bool plain = false, const int* only = nullptr);  // plain: R as hopper_walk reads it
 // After hopper_gates: the boundary states, and the final states that p asks for. products: room for hopper_products_bytes where hopper_few, else nullptr.
 void hopper_states(const ForwardParams& p, const void* images, void* boundary, float* products, bool keys_only = false);
 // After hopper_states: o.
@@ -70,14 +73,18 @@ int64_t hopper_backward_workspace(const Params& p);
 void hopper_backward(const BackwardParams& p);
 
 // Where hopper_fuses, in one kernel after hopper_gates and the states. Sequences and heads that have a chunk of several windows are left out, and noted in `cut`, room
-// for [N, H] numbers; the second one does those.
-void hopper_walk(const BackwardParams& p, const void* boundary, const void* images, int* cut);
+// for [N, H] numbers; hopper_fused does those, or where there are several segments the parts.
+void hopper_walk(const BackwardParams& p, const void* boundary, const void* images, int* cut, const float* ends);
 void hopper_fused(const BackwardParams& p, const void* boundary, const int* cut);
+// The cotangents of the states at the end of each segment but the last, in room for hopper_starts_floats.
+void hopper_ends(const BackwardParams& p, const void* boundary, const void* images, float* ends);
+void hopper_join_ends(const Params& p, float* ends);
 
 // Else in parts, after hopper_gates and hopper_states, in this order. The workspace is what the parts leave for each other (Backward, core/hopper.cuh).
 struct BackwardWorkspace {
   void *gates, *saved, *E0;
   float *edge, *products;  // products: as in hopper_states
+  const int* only = nullptr;  // [N, H] numbers: nothing is done for those with a 0
 };
 int hopper_query_heads(const Params& p);  // that a block of hopper_queries has: of so many e is one
 void hopper_queries(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w);

@@ -5,26 +5,34 @@
 namespace gsa::cuda {
 namespace {
 
-// Half of the sequences at a time, where that is enough for the GPU: half of the memory.
-int slices(const Params& p) { return !hopper_fuses(p) && !p.cu_seqlens && p.N % 2 == 0 && p.N * p.H >= 64 ? 2 : 1; }
+// A walk that leaves nothing to the parts.
+bool walks_alone(const Params& p) { return hopper_fuses(p) && hopper_segments(p).count == 1; }
 
+// The parts do half of the sequences at a time, where that is enough for the GPU: half of the memory.
+int slices(const Params& p) { return !walks_alone(p) && !p.cu_seqlens && p.N % 2 == 0 && p.N * p.H >= 64 ? 2 : 1; }
+
+int64_t slots_of(const Params& p) { return boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, hopper::kChunk); }
+
+// slice: what the parts do at a time. A walk does all of them.
 struct Plan {
-  int64_t boundary = 0, gates = 0, cut = 0, saved = 0, E0 = 0, edge = 0, products = 0, bytes = 0;
-  Plan(const Params& p, bool few) {
+  int64_t boundary = 0, gates = 0, cut = 0, starts = 0, saved = 0, E0 = 0, edge = 0, products = 0, bytes = 0;
+  Plan(const Params& whole, const Params& slice, bool few) {
     auto take = [&](int64_t n) {
       const int64_t at = bytes;
       bytes += (n + 255) / 256 * 256;
       return at;
     };
-    const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, hopper::kChunk), chunks = slots * p.H, banks = hopper::banks_of(p);
-    if (!p.boundary) boundary = take(chunks * (p.K + p.V) * p.M * 2);
+    const bool walks = hopper_fuses(whole);
+    const Params& p = walks ? whole : slice;
+    if (!p.boundary) boundary = take(slots_of(p) * p.H * (p.K + p.V) * p.M * 2);
     gates = take(hopper_gates_bytes(p));
-    cut = take(p.N * p.H * 4);
-    if (hopper_fuses(p)) return;
+    if (walks) cut = take(p.N * p.H * 4), starts = take(hopper_starts_floats(p) * 4);
+    if (walks_alone(whole)) return;
+    const int64_t slots = slots_of(slice), banks = hopper::banks_of(p), chunks = slots * p.H * banks;
     saved = take(slots * p.HQ * banks * static_cast<int64_t>(hopper_wide(p) ? sizeof(hopper::WideSaved<half>) : sizeof(hopper::Saved<half>)));
-    E0 = take(chunks * banks * 3 * 64 * p.K * 2);
-    edge = take(chunks * banks * 2 * p.K * 4);
-    if (few) products = take(hopper_products_bytes(p));
+    E0 = take(chunks * 3 * 64 * p.K * 2);
+    edge = take(chunks * 2 * p.K * 4);
+    if (few && !walks) products = take(hopper_products_bytes(p));
   }
 };
 
@@ -42,45 +50,72 @@ BackwardParams sequences(const BackwardParams& p, int64_t n, int64_t count) {
   return x;
 }
 
+// After the gates and the states.
+void parts(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w) {
+  if (hopper_wide(p)) {
+    hopper_wide_queries(p, boundary, w);
+    hopper_cotangents(p, boundary, w);
+    hopper_wide_keys(p, boundary, w);
+    return;
+  }
+  hopper_queries(p, boundary, w);
+  hopper_cotangents(p, boundary, w);
+  hopper_keys(p, w);
+}
+
+ForwardParams states_only(const Params& p) {
+  ForwardParams x{};
+  static_cast<Params&>(x) = p;
+  return x;
+}
+
+Plan plan_of(const Params& whole) {
+  Params slice = whole;
+  slice.B /= slices(whole), slice.N /= slices(whole);
+  return {whole, slice, hopper_few(whole)};
+}
+
 }  // namespace
 
-int64_t hopper_backward_workspace(const Params& p) {
-  Params part = p;
-  part.B /= slices(p), part.N /= slices(p);
-  return Plan(part, hopper_few(p)).bytes;
-}
+int64_t hopper_backward_workspace(const Params& p) { return plan_of(p).bytes; }
 
 void hopper_backward(const BackwardParams& whole) {
   const int count = slices(whole);
-  const bool few = hopper_few(whole);
+  const int64_t each = whole.N / count;
+  const Plan plan = plan_of(whole);
+  char* const base = static_cast<char*>(whole.workspace);
+  BackwardWorkspace w{base + plan.gates, base + plan.saved, base + plan.E0, reinterpret_cast<float*>(base + plan.edge), nullptr};
+  if (hopper_fuses(whole)) {
+    BackwardParams p = whole;
+    int* const cut = reinterpret_cast<int*>(base + plan.cut);
+    float* const starts = reinterpret_cast<float*>(base + plan.starts);  // then the ends
+    const bool segments = hopper_segments(p).count > 1;
+    if (p.boundary) {
+      hopper_gates(p, w.gates, true);
+    } else {
+      p.boundary = base + plan.boundary;
+      if (segments) hopper_starts(p, starts);
+      hopper_forward_states(states_only(whole), p.boundary, w.gates, starts);
+    }
+    if (segments) hopper_ends(p, p.boundary, w.gates, starts);
+    hopper_walk(p, p.boundary, w.gates, cut, starts);
+    if (!segments) return hopper_fused(p, p.boundary, cut);
+    for (int i = 0; i < count; ++i) {  // what is cut
+      const BackwardParams slice = count == 1 ? p : sequences(p, each * i, each);
+      w.only = cut + each * i * p.H;
+      hopper_gates(slice, w.gates, false, w.only);
+      parts(slice, slice.boundary, w);
+      w.gates = static_cast<char*>(w.gates) + hopper_gates_bytes(slice);
+    }
+    return;
+  }
+  if (hopper_few(whole)) w.products = reinterpret_cast<float*>(base + plan.products);
   for (int i = 0; i < count; ++i) {
-    const BackwardParams p = count == 1 ? whole : sequences(whole, whole.N / count * i, whole.N / count);
-    const Plan plan(p, few);
-    char* base = static_cast<char*>(p.workspace);
-    void* boundary = p.boundary ? p.boundary : base + plan.boundary;
-    ForwardParams states_only{};
-    static_cast<Params&>(states_only) = p;
-    if (hopper_fuses(p)) {
-      void* const gates = base + plan.gates;
-      int* const cut = reinterpret_cast<int*>(base + plan.cut);
-      p.boundary ? hopper_gates(p, gates, true) : hopper_forward_states(states_only, boundary, gates);
-      hopper_walk(p, boundary, gates, cut);
-      hopper_fused(p, boundary, cut);
-      continue;
-    }
-    float* const products = few ? reinterpret_cast<float*>(base + plan.products) : nullptr;
-    const BackwardWorkspace w{base + plan.gates, base + plan.saved, base + plan.E0, reinterpret_cast<float*>(base + plan.edge), products};
+    const BackwardParams p = count == 1 ? whole : sequences(whole, each * i, each);
+    void* const boundary = p.boundary ? p.boundary : base + plan.boundary;
     hopper_gates(p, w.gates);
-    if (!p.boundary) hopper_states(states_only, w.gates, boundary, products);
-    if (hopper_wide(p)) {
-      hopper_wide_queries(p, boundary, w);
-      hopper_cotangents(p, boundary, w);
-      hopper_wide_keys(p, boundary, w);
-      continue;
-    }
-    hopper_queries(p, boundary, w);
-    hopper_cotangents(p, boundary, w);
-    hopper_keys(p, w);
+    if (!p.boundary) hopper_states(states_only(p), w.gates, boundary, w.products);
+    parts(p, boundary, w);
   }
 }
 

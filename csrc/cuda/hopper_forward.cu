@@ -192,8 +192,8 @@ __global__ __launch_bounds__(kThreads<images>, 1) void forward_kernel(const __gr
   auto& m = *reinterpret_cast<ForwardShared<E, D, images>*>(memory);
   const int64_t q_head = blockIdx.x % p.HQ, item = longest_first(p, blockIdx.x / p.HQ, m.found), head = q_head / (p.HQ / p.H);
   if (!images && cut && !cut[item * p.H + head]) return;
-  const int segment = leaves ? 0 : static_cast<uint32_t>(item) % static_cast<uint32_t>(segments.count);
-  const int64_t n = leaves ? item : static_cast<uint32_t>(item) / static_cast<uint32_t>(segments.count);
+  const int segment = static_cast<uint32_t>(item) % static_cast<uint32_t>(segments.count);
+  const int64_t n = static_cast<uint32_t>(item) / static_cast<uint32_t>(segments.count);
   const int role = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), tid = threadIdx.x % 128;
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2; ++i) {
@@ -207,8 +207,8 @@ __global__ __launch_bounds__(kThreads<images>, 1) void forward_kernel(const __gr
   Chunk c;
   c.seq = sequence<false>(p, n, kChunk);
   const float* start = nullptr;
-  if (!leaves && segments.count > 1) {
-    c.seq = part(c.seq, segment, segments.scans * segments.chunks, kChunk);
+  if (segments.count > 1) {
+    c.seq = part(c.seq, segment, segments.length(), kChunk);
     if (segment) start = starts + ((n * segments.before() + segment * segments.scans - 1) * p.H + head) * start_floats(p);
   }
   const int64_t chunks = c.seq.chunks;
@@ -327,10 +327,10 @@ Segments hopper_segments(const Params& p) {
   if (!hopper_takes(p) || hopper_wide(p) || p.M > kSlots || wanted == Kernels::parts || wanted == Kernels::few) return {};
   const int64_t blocks = p.N * p.HQ, at_once = hopper_multiprocessors(), chunks = ceil_div(p.T, kChunk);
   const bool enough = blocks * 10 >= ceil_div(blocks, at_once) * at_once * 7 && !(p.cu_seqlens && p.HQ > p.H);
-  if (wanted == Kernels::hopper || (enough && wanted != Kernels::segments)) return {1};
+  if (wanted == Kernels::hopper || (enough && wanted != Kernels::segments)) return {1, 1, static_cast<int>(chunks)};
   // As many segments as there is room for beside each other, and for what is before them as many scans, two blocks to a multiprocessor.
   int64_t count = wanted == Kernels::segments ? 3 : at_once / max(blocks, int64_t(1)), scans = 2;
-  if (p.cu_seqlens || count < 2) return {};
+  if (p.cu_seqlens || p.reverse || count < 2) return {};
   if (wanted != Kernels::segments) {
     if (chunks < count * max(int64_t(5), count / 3)) return {};  // over before what comes before the walk pays; measured
     scans = std::min({2 * at_once / ((count - 1) * p.N * p.H), kPartsAtMost / (count - 1), chunks / (count * 4)});
@@ -353,10 +353,11 @@ void hopper_forward(const ForwardParams& p, void* boundary, const void* images, 
   });
 }
 
-void hopper_forward_states(const ForwardParams& p, void* boundary, void* images) {
+void hopper_forward_states(const ForwardParams& p, void* boundary, void* images, const float* starts) {
+  const Segments segments = hopper_segments(p);
   select_hopper(p, [&]<class E, int D>() {
-    launch("hopper_forward", forward_kernel<E, D, false, true>, p.N * p.HQ, kThreads<false>, sizeof(ForwardShared<E, D, false>), p.stream, p, InputMaps{},
-           static_cast<E*>(boundary), static_cast<GateImage<E>*>(images), static_cast<int*>(nullptr), Segments{1}, static_cast<const float*>(nullptr));
+    launch("hopper_forward", forward_kernel<E, D, false, true>, p.N * segments.count * p.HQ, kThreads<false>, sizeof(ForwardShared<E, D, false>), p.stream, p,
+           InputMaps{}, static_cast<E*>(boundary), static_cast<GateImage<E>*>(images), static_cast<int*>(nullptr), segments, starts);
   });
 }
 

@@ -21,7 +21,7 @@ struct GatesShared {  // of a bank
 
 // plain: for hopper_walk.cu.
 template <class E, int BANKS, bool plain>
-__global__ __launch_bounds__(kThreads* BANKS, 4 / BANKS) void gates_kernel(const __grid_constant__ Params p, GateImage<E>* images) {
+__global__ __launch_bounds__(kThreads* BANKS, 4 / BANKS) void gates_kernel(const __grid_constant__ Params p, GateImage<E>* images, const int* only) {
 #if GSA_HOPPER
   extern __shared__ __align__(1024) char memory[];
   const int head = blockIdx.x % p.H, bank = __shfl_sync(0xffffffffu, threadIdx.x / kThreads, 0), own = threadIdx.x % kThreads;
@@ -32,6 +32,7 @@ __global__ __launch_bounds__(kThreads* BANKS, 4 / BANKS) void gates_kernel(const
     if (own == 0) image.cut = 0;
     return;
   }
+  if (only && !only[c.seq.n * p.H + head]) return;
   GateMaker<E, 8> gates(m.scratch, own, 1 + bank, bank);
   gates.load(p, c, head);
   float before[2], total[2];
@@ -84,11 +85,11 @@ __global__ __launch_bounds__(kThreads* BANKS, 4 / BANKS) void gates_kernel(const
 
 }  // namespace
 
-void hopper_gates(const Params& p, void* images, bool plain) {
+void hopper_gates(const Params& p, void* images, bool plain, const int* only) {
   const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, kChunk);
   auto run = [&]<class E, int BANKS, bool plain>() {
     launch("hopper_gates", gates_kernel<E, BANKS, plain>, slots * p.H, kThreads * BANKS, sizeof(GatesShared<E>) * BANKS, p.stream, p,
-           static_cast<GateImage<E>*>(images));
+           static_cast<GateImage<E>*>(images), only);
   };
   auto with = [&]<class E>() {
     if (banks_of(p) == 2) run.template operator()<E, 2, false>();

@@ -324,7 +324,7 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __gr
   const int r = p.HQ / p.H;
   const int head = blockIdx.x % p.H;
   Chunk c;
-  if (!find_chunk(p, blockIdx.x / p.H, kChunk, c)) return;
+  if (!find_chunk(p, blockIdx.x / p.H, kChunk, c) || w.elsewhere(p, c.seq.n, head)) return;
   const int own = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), bank = own % BANKS, half = own / BANKS;  // half: which of the two, too
   const int64_t at = (c.slot * p.H + head) * BANKS;
   const GateImage<E>* const image = w.gates + at;

@@ -21,6 +21,10 @@ Encode encode() {
 // strides: in elements, of all dimensions but the first.
 template <int RANK>
 CUtensorMap map_of(const void* ptr, DType dtype, const int64_t (&size)[RANK], const int64_t (&strides)[RANK - 1], const int (&box)[RANK]) {
+  // The driver, unlike what launches kernels, does not make a thread's context (that of autograd's, at its first call) by itself.
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaSetDevice(device), "cudaSetDevice");
   CUtensorMap map;
   cuuint64_t sizes[RANK], bytes[RANK - 1];
   cuuint32_t boxes[RANK], ones[RANK];

@@ -196,7 +196,7 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void queries_kernel(const _
   const int r = p.HQ / p.H, turns = r / heads;
   const int head = blockIdx.x / turns % p.H, first_head = head * r + blockIdx.x % turns * heads;
   Chunk c;
-  if (!find_chunk(p, blockIdx.x / turns / p.H, kChunk, c)) return;
+  if (!find_chunk(p, blockIdx.x / turns / p.H, kChunk, c) || w.elsewhere(p, c.seq.n, head)) return;
   const int own = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), bank = own % BANKS, half = own / BANKS;  // half: of the bank's slots, and side
   const int tid = threadIdx.x % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0);
   const int row = warp * 16 + frag_row(), col = half * 32 + frag_col();

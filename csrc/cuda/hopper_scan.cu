@@ -45,7 +45,7 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
   const int head = id / banks, bank = id % banks;
   const int64_t n = blockIdx.x / (sides * slices) / heads;
   const int64_t pool_row = state_row(p, n);
-  if (pool_row < 0) return;
+  if (pool_row < 0 || w.elsewhere(p, n, head)) return;
   const Sequence tokens = sequence<false>(p, n, kChunk);
   const int chunks = static_cast<int>(tokens.chunks), first_slot = static_cast<int>(tokens.slot);
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), row = warp * 16 + frag_row();

@@ -2,8 +2,10 @@
 //
 //     starts_kernel    scans of parts of a sequence beside each other, each as if nothing were before it, one block for each part and key/value head. Of each chunk
 //                          S_j = s_j exp(G_end - G_j)          H <- exp(G_end) H + S^T x          decay <- exp(G_end) decay
-//                      relative to the chunk's end no factor is above 1: exact for any gates, resets (-inf) too, without windows.
-//     join_kernel      H <- decay H + that of the part, from the initial state on; the states at the beginning of segments
+//                      relative to the chunk's end no factor is above 1: exact for any gates, resets (-inf) too, without windows. Chunks of which the gates leave nothing
+//                      at the end of the part (remembered_chunks) are left out.
+//     join_kernel      H <- decay H + that of the part, from the initial state on; the states at the beginning of segments. For hopper_ends.cu, in reverse: dH <- decay dH
+//                      + that of the segment; the cotangents at the end of segments
 //
 // Two warpgroups make the gates together, then one has the keys' state in its registers, the other the values'. S is an operand in two parts. Two blocks on a
 // multiprocessor: while one makes gates the other multiplies. In memory: of each part Hk, Hv, decay; join_kernel leaves in the last one before a segment what that begins with.
@@ -27,6 +29,7 @@ struct StartsShared {
   alignas(1024) E tokens[2][2][64 * D], S[2][2][kTile];  // tokens: [turn][side]
   float decay[2][kSlots];
   typename GateMaker<E, 8>::Scratch scratch;
+  float sums[kThreads / 32][kSlots];
   uint64_t tokens_full[2][2];
   Sequence sequence;
 };
@@ -48,25 +51,27 @@ __global__ __launch_bounds__(kThreads, 2) void starts_kernel(const __grid_consta
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
-  auto send = [&](int i) {  // by a thread of each side
-    if (threadIdx.x % 128 || i >= chunks) return;
+  const int needed = remembered_chunks<E, true>(p, own, head, m.sums), before = chunks - needed;
+  auto send = [&](int i) {  // by a thread of each side; i: of those needed
+    if (threadIdx.x % 128 || i >= needed) return;
     uint64_t* const full = m.tokens_full[i % 2] + side;
     arrive_expecting(full, 64 * D * 2);
-    bring_tokens<D>(m.tokens[i % 2][side], side ? maps.v : maps.k, p, chunk_of(p, m.sequence, i, kChunk), head, full);
+    bring_tokens<D>(m.tokens[i % 2][side], side ? maps.v : maps.k, p, chunk_of(p, m.sequence, before + i, kChunk), head, full);
   };
   send(0);
   GateMaker<E, 8> gates(m.scratch, threadIdx.x, 0);
   typename GateMaker<E, 8>::Ahead ahead;
   auto fetch = [&](int i) {
-    if (i < chunks) gates.fetch(ahead, p, chunk_of(p, m.sequence, i, kChunk), head);
+    if (i < needed) gates.fetch(ahead, p, chunk_of(p, m.sequence, before + i, kChunk), head);
   };
   fetch(0);
-  float H[D / 8][4], decay[2] = {1.f, 1.f};
+  float H[D / 8][4], decay[2];
+  decay[0] = decay[1] = before ? 0.f : 1.f;
   zero(H);
 #pragma unroll 1
-  for (int i = 0; i < chunks; ++i) {
+  for (int i = 0; i < needed; ++i) {
     const int turn = i % 2;
-    const Chunk c = chunk_of(p, m.sequence, i, kChunk);
+    const Chunk c = chunk_of(p, m.sequence, before + i, kChunk);
     gates.load(p, c, head, &ahead);
     E* const S = m.S[turn][0];
     const float2 all = gates.to_end(c.length, [&](int j, float x, float y) { gates.s[j][0] *= x, gates.s[j][1] *= y; });
@@ -100,6 +105,7 @@ __global__ __launch_bounds__(kThreads, 2) void starts_kernel(const __grid_consta
 }
 
 // Four elements of a state a thread.
+template <bool reverse>
 __global__ __launch_bounds__(kJoinThreads) void join_kernel(const __grid_constant__ Params p, const __grid_constant__ Segments segments, float* starts) {
   const int size = (p.K + p.V) * p.M, blocks = (size / 4 + kJoinThreads - 1) / kJoinThreads, i = (blockIdx.x % blocks * kJoinThreads + threadIdx.x) * 4;
   const int64_t head = blockIdx.x / blocks % p.H, n = blockIdx.x / blocks / p.H, each = start_floats(p);
@@ -107,9 +113,10 @@ __global__ __launch_bounds__(kJoinThreads) void join_kernel(const __grid_constan
   const bool values = i >= p.K * p.M;
   const int own = values ? i - p.K * p.M : i;
   float4 h = make_float4(0.f, 0.f, 0.f, 0.f);
-  if (const float* in = static_cast<const float*>(values ? p.hv0 : p.hk0))
+  if (const float* in = static_cast<const float*>(values ? p.hv0 : p.hk0); in && !reverse)
     h = *reinterpret_cast<const float4*>(in + ((p.h0_broadcast ? 0 : n * p.H) + head) * p.K * p.M + own);
-  float* const part = starts + (n * segments.before() * p.H + head) * each;
+  const int64_t step = (reverse ? -1 : 1) * p.H * each;  // from one part to the next
+  float* const part = starts + ((n * segments.before() + (reverse ? segments.before() - 1 : 0)) * p.H + head) * each;
   constexpr int kAtOnce = 4;
 #pragma unroll 1
   for (int first = 0; first < segments.before(); first += kAtOnce) {
@@ -117,7 +124,7 @@ __global__ __launch_bounds__(kJoinThreads) void join_kernel(const __grid_constan
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k)
       if (first + k < segments.before()) {
-        const float *const from = part + (first + k) * p.H * each, *const decay = from + size;
+        const float *const from = part + (first + k) * step, *const decay = from + size;
         x[k] = *reinterpret_cast<const float4*>(from + i);
         f[k] =
             values ? make_float4(decay[own / p.V], decay[own / p.V], decay[own / p.V], decay[own / p.V]) : *reinterpret_cast<const float4*>(decay + own % p.M);
@@ -126,12 +133,20 @@ __global__ __launch_bounds__(kJoinThreads) void join_kernel(const __grid_constan
     for (int k = 0; k < kAtOnce; ++k)
       if (first + k < segments.before()) {
         h = make_float4(fmaf(f[k].x, h.x, x[k].x), fmaf(f[k].y, h.y, x[k].y), fmaf(f[k].z, h.z, x[k].z), fmaf(f[k].w, h.w, x[k].w));
-        if ((first + k + 1) % segments.scans == 0) *reinterpret_cast<float4*>(part + (first + k) * p.H * each + i) = h;
+        if ((first + k + 1) % segments.scans == 0) *reinterpret_cast<float4*>(part + (first + k) * step + i) = h;
       }
   }
 }
 
+template <bool reverse>
+void join(const Params& p, const Segments& segments, float* parts) {
+  const int64_t blocks = ceil_div(int64_t(p.K + p.V) * p.M / 4, int64_t(kJoinThreads)) * p.H * p.N;
+  launch("hopper_join", join_kernel<reverse>, blocks, kJoinThreads, 0, p.stream, p, segments, parts);
+}
+
 }  // namespace
+
+void hopper_join_ends(const Params& p, float* ends) { join<true>(p, hopper_segments(p).undivided(), ends); }
 
 void hopper_starts(const Params& p, float* starts) {
   const Segments segments = hopper_segments(p);
@@ -139,8 +154,7 @@ void hopper_starts(const Params& p, float* starts) {
     launch("hopper_starts", starts_kernel<E, D>, p.N * segments.before() * p.H, kThreads, sizeof(StartsShared<E, D>), p.stream, p, input_maps(p), segments,
            starts);
   });
-  const int64_t blocks = ceil_div(int64_t(p.K + p.V) * p.M / 4, int64_t(kJoinThreads)) * p.H * p.N;
-  launch("hopper_join", join_kernel, blocks, kJoinThreads, 0, p.stream, p, segments, starts);
+  join<false>(p, segments, starts);
 }
 
 }  // namespace gsa::cuda

@@ -1,6 +1,7 @@
-// Chunked backward for Hopper (sm_90a), where each query head has keys and values of its own and there are enough heads for the GPU: one block for each sequence and
-// head, its chunks from the last to the first, the cotangents of its states in registers; nothing but inputs, gates (hopper_gates.cu), boundary states and gradients in
-// memory. (Sequences with a chunk of several windows are left to hopper_fused.cu, a second launch.) Per chunk, with keys on the left and values on the right:
+// Chunked backward for Hopper (sm_90a), where each query head has keys and values of its own: one block for each sequence and head, or with few of them for a segment of
+// one, whose end hopper_ends.cu has found the cotangents of; its chunks from the last to the first, the cotangents of its states in registers; nothing but inputs, gates
+// (hopper_gates.cu), boundary states and gradients in memory. (Sequences with a chunk of several windows are left to hopper_fused.cu, or in segments to the parts, in
+// further launches.) Per chunk, with keys on the left and values on the right:
 //
 //     A, B, H                q, k, Hk                                                d_o, v, Hv               H before the chunk
 //     scores (hopper.cuh)    o1 = R (exp(ref) (q Hk) + tril(q k^T) S)                dp from d_o, v, Hv       without their diagonals
@@ -50,6 +51,8 @@ struct WalkShared {
   uint64_t gates_full, tokens_full, tokens_free, Y_full, keys_ready, outer_free, done, Hk_free, inner_full;
   int found;
   Sequence sequence;
+  const float* begins[2];  // [side] where dH comes from, or nullptr: zeros
+  bool first;  // segment: what is left of it is the initial states' cotangent
   __device__ Chunk chunk(const Params& p, int i) const { return chunk_of(p, sequence, i, kChunk); }
   __device__ float* given() { return reinterpret_cast<float*>(Y[0]); }
   __device__ RowSums<2>& sums() { return *reinterpret_cast<RowSums<2>*>(Y[1]); }
@@ -280,10 +283,7 @@ __device__ __forceinline__ void walk_keys(const BackwardParams& p, WalkShared<E,
   };
   load_B(chunks - 1), load_A(chunks - 1), load_H(chunks - 1);
   float dH[NT][4];
-  {
-    const float* in = static_cast<const float*>(values ? p.dhvT : p.dhkT);
-    load_registers(dH, in ? in + (n * p.H + head) * D * p.M : nullptr, values, D, p.M, warp);
-  }
+  load_registers(dH, m.begins[values], values, D, p.M, warp);
   uint32_t turn = 0;
 #pragma unroll 1
   for (int i = chunks - 1; i >= 0; --i) {
@@ -390,17 +390,19 @@ __device__ __forceinline__ void walk_keys(const BackwardParams& p, WalkShared<E,
     load_H(i - 1);
     turn ^= 1;
   }
-  if (float* out = static_cast<float*>(values ? p.dhv0 : p.dhk0)) store_registers(out + (n * p.H + head) * D * p.M, dH, values, D, p.M, warp);
+  if (float* out = static_cast<float*>(values ? p.dhv0 : p.dhk0); out && m.first) store_registers(out + (n * p.H + head) * D * p.M, dH, values, D, p.M, warp);
 }
 
 // `cut` is written: whether a sequence and head are left out. packed: sequences of several lengths, in a kernel of its own (hopper_fused.cu).
 template <class E, int D, bool packed>
-__global__ __launch_bounds__(512, 1) void walk_kernel(const __grid_constant__ BackwardParams p, const E* boundary, const GateImage<E>* images, int* cut) {
+__global__ __launch_bounds__(512, 1) void walk_kernel(const __grid_constant__ BackwardParams p, const E* boundary, const GateImage<E>* images, int* cut,
+                                                      const __grid_constant__ Segments segments, const float* ends) {
 #if GSA_HOPPER
   extern __shared__ __align__(1024) char memory[];
   auto& m = *reinterpret_cast<WalkShared<E, D>*>(memory);
   const int head = blockIdx.x % p.H;
-  const int64_t n = packed ? longest_first(p, blockIdx.x / p.H, m.found) : blockIdx.x / p.H;
+  const int item = blockIdx.x / p.H, segment = packed ? 0 : item % segments.count;
+  const int64_t n = packed ? longest_first(p, item, m.found) : item / segments.count;
   const int role = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (threadIdx.x == 0) {
     for (uint64_t* barrier : {&m.tokens_full, &m.tokens_free, &m.Y_full, &m.keys_ready, &m.outer_free, &m.done}) init(barrier, 256);
@@ -408,14 +410,22 @@ __global__ __launch_bounds__(512, 1) void walk_kernel(const __grid_constant__ Ba
     init(&m.gates_full, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  const Sequence seq = sequence<false>(p, n, kChunk);
-  if (threadIdx.x == 0) m.sequence = seq;
-  const int chunks = static_cast<int>(seq.chunks), first_slot = static_cast<int>(seq.slot);
+  const Sequence whole = sequence<false>(p, n, kChunk), seq = packed ? whole : part(whole, segment, segments.length(), kChunk);
+  if (threadIdx.x == 0) {
+    for (int side = 0; side < 2; ++side) {
+      const float* const after = static_cast<const float*>(side ? p.dhvT : p.dhkT);
+      const float* const joined = ends + ((n * (segments.count - 1) + segment) * p.H + head) * start_floats(p) + side * D * p.M;
+      m.begins[side] = !packed && segment + 1 < segments.count ? joined : after ? after + (n * p.H + head) * D * p.M : nullptr;
+    }
+    m.first = segment == 0;
+    m.sequence = seq;
+  }
   bool several = false;
-  for (int i = threadIdx.x; i < chunks; i += 512) several |= images[int64_t(first_slot + i) * p.H + head].cut != 0;
+  for (int i = threadIdx.x; i < static_cast<int>(whole.chunks); i += 512) several |= images[(whole.slot + i) * p.H + head].cut != 0;
   several = __syncthreads_or(several);
-  if (threadIdx.x == 0) cut[n * p.H + head] = several;
+  if (threadIdx.x == 0 && segment == 0) cut[n * p.H + head] = several;
   if (several) return;
+  const int chunks = static_cast<int>(seq.chunks), first_slot = static_cast<int>(seq.slot);
   if (role < 2) {
     give_registers<112>();
     walk_queries<E, D>(p, m, boundary, images, chunks, first_slot, head, role);
@@ -428,10 +438,11 @@ __global__ __launch_bounds__(512, 1) void walk_kernel(const __grid_constant__ Ba
 
 }  // namespace
 
-void hopper_walk(const BackwardParams& p, const void* boundary, const void* images, int* cut) {
+void hopper_walk(const BackwardParams& p, const void* boundary, const void* images, int* cut, const float* ends) {
+  const Segments segments = hopper_segments(p);
   select_hopper(p, [&]<class E, int D>() {
-    launch("hopper_walk", p.cu_seqlens ? walk_kernel<E, D, true> : walk_kernel<E, D, false>, p.N * p.H, 512, sizeof(WalkShared<E, D>), p.stream, p,
-           static_cast<const E*>(boundary), static_cast<const GateImage<E>*>(images), cut);
+    launch("hopper_walk", p.cu_seqlens ? walk_kernel<E, D, true> : walk_kernel<E, D, false>, p.N * segments.count * p.H, 512, sizeof(WalkShared<E, D>),
+           p.stream, p, static_cast<const E*>(boundary), static_cast<const GateImage<E>*>(images), cut, segments, ends);
   });
 }
 

@@ -224,6 +224,7 @@ inline float rounded(float x) {                            // no part of an fma
 #define __shfl_xor_sync(mask, x, other) ::emulation::shuffle(mask, x, ::emulation::self->lane ^ (other))
 #define __ballot_sync(mask, x) ::emulation::ballot(mask, x)
 #define __any_sync(mask, x) (::emulation::ballot(mask, x) != 0)
+#define __all_sync(mask, x) (::emulation::ballot(mask, !(x)) == 0)
 #define __reduce_max_sync(mask, x) ::emulation::reduce_max(mask, x)
 #define __cvta_generic_to_shared(p) ::emulation::address_of(p)
 #define __fdividef(x, y) ::emulation::fast_divide(x, y)
@@ -252,6 +253,7 @@ constexpr std::common_type_t<A, B> max(A a, B b) {
 }
 
 #define cudaGetDevice ::emulation::get_device
+#define cudaSetDevice(device) cudaSuccess
 #define cudaGetDriverEntryPointByVersion(name, function, version, flags, result) ::emulation::driver_function(name, function, result)
 #define cudaDeviceGetAttribute ::emulation::get_attribute
 #define cudaOccupancyMaxActiveBlocksPerMultiprocessor ::emulation::occupancy

@@ -741,6 +741,58 @@ struct GateMaker {
   }
 };
 
+// Segments of a sequence begin with what is left of the tokens before them, and end with cotangents from those after them. What has been multiplied with less than
+// 2^-kForgotten on the way counts as nothing.
+constexpr int kForgotten = 64;
+// How many chunks of a part, from its last one back (from_end) or from its first one on, the gates leave anything of at that end, in any slot: all, or as many as it
+// takes until every slot's gates come to less. By all threads of a block; `sums`: of shared memory, a row a warp.
+template <class E, bool from_end, int WARPS>
+__device__ inline int remembered_chunks(const Params& p, const Sequence& part, int64_t head, float (&sums)[WARPS][kSlots]) {
+  const int chunks = static_cast<int>(part.chunks), warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), slot = 2 * lane_id();
+  float run[2] = {0.f, 0.f};
+#pragma unroll 1
+  for (int first = 0; first < chunks; first += WARPS) {
+    if (first + warp < chunks) {
+      const int i = first + warp;
+      const Chunk c = chunk_of(p, part, from_end ? chunks - 1 - i : i, kChunk);
+      const Rows g = rows_of(p.g, c, head);
+      const bool wide = g.dtype == DType::f32;
+      const char* from = kept(static_cast<const char*>(g.ptr) + (g.at(0) + slot) * (wide ? 4 : 2));
+      const int64_t step = g.step * (wide ? 4 : 2);
+      const int rows = slot < p.M ? c.length : 0;
+      float sum[2] = {0.f, 0.f};
+#pragma unroll 1
+      for (int t = 0; t < kChunk; t += 16) {
+        uint32_t x[16], y[16];
+#pragma unroll
+        for (int k = 0; k < 16; ++k, from += step) {
+          load_if(t + k < rows, from, x[k]);
+          if (wide) load_if(t + k < rows, from + 4, y[k]);
+        }
+#pragma unroll
+        for (int k = 0; k < 16; ++k) {
+          const float2 g = wide ? make_float2(__uint_as_float(x[k]), __uint_as_float(y[k])) : unpack<E>(x[k]);
+          sum[0] += g.x, sum[1] += g.y;
+        }
+      }
+      *reinterpret_cast<float2*>(&sums[warp][slot]) = make_float2(sum[0] * 1.4426950408889634f, sum[1] * 1.4426950408889634f);
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int w = 0; w < WARPS && first + w < chunks; ++w) {
+      const float2 x = *reinterpret_cast<const float2*>(&sums[w][slot]);
+      run[0] += x.x, run[1] += x.y;
+      if (__all_sync(0xffffffffu, slot >= p.M || (run[0] <= -kForgotten && run[1] <= -kForgotten))) return first + w + 1;
+    }
+    // At this rate the part is over before: no need to look at the rest.
+    const int seen = min(first + WARPS, chunks);
+    const float enough = -static_cast<float>(kForgotten) * seen / chunks;
+    if (!__all_sync(0xffffffffu, slot >= p.M || (run[0] <= enough && run[1] <= enough))) return chunks;
+    __syncthreads();  // sums are done with
+  }
+  return chunks;
+}
+
 // What leads from the state before a chunk to that before its token `begin`:  H <- decay H + sum_{j < begin} x_j S_j.
 template <class E>
 struct Advance {
@@ -916,8 +968,11 @@ struct Backward {
   GateImage<E>* gates;  // [slots][heads][banks]
   E* E0;  // [slots][heads][banks][keys, values, what rounding dropped of the values][D / 64] tiles [slot][dimension]
   float* edge;  // [slots][heads][banks][keys, values][D / 64][64]: exp(G_end) <H, dH>, in parts
+  const int* only;
   explicit Backward(const BackwardWorkspace& w)
-      : saved(static_cast<Saved<E>*>(w.saved)), gates(static_cast<GateImage<E>*>(w.gates)), E0(static_cast<E*>(w.E0)), edge(w.edge) {}
+      : saved(static_cast<Saved<E>*>(w.saved)), gates(static_cast<GateImage<E>*>(w.gates)), E0(static_cast<E*>(w.E0)), edge(w.edge), only(w.only) {}
+  // Whether another kernel does this one.
+  __device__ bool elsewhere(const Params& p, int64_t n, int head) const { return only && !only[n * p.H + head]; }
 };
 
 // A tile Y of a chunk of several windows becomes relative to the chunk's beginning. By a block of 128 threads; `factors`: GateImage::R.

@@ -37,7 +37,7 @@ inline int shared_memory() {
   return bytes;
 }
 
-// Which of the chunk kernels run: GSA_KERNELS=portable, =hopper (walks, where there is one), =segments (forward walks of several segments of a sequence), =parts (for
+// Which of the chunk kernels run: GSA_KERNELS=portable, =hopper (walks, where there is one), =segments (walks of several segments of a sequence), =parts (for
 // Hopper, never a walk; the scans over chunks in one kernel) or =few (the same, the scans in two: hopper_few.cu) in the environment, for tests and measurements; else
 // whichever is the fastest.
 enum class Kernels { automatic, portable, hopper, segments, parts, few };
