@@ -44,6 +44,7 @@ __global__ __launch_bounds__(kThreads, 1) void ends_kernel(const __grid_constant
                                                            const __grid_constant__ InputMaps maps, const __grid_constant__ CUtensorMap states,
                                                            const __grid_constant__ Segments segments, float* ends) {
 #if GSA_HOPPER
+  after_the_last_kernel();
   extern __shared__ __align__(1024) char memory[];
   auto& m = *reinterpret_cast<EndsShared<E, D>*>(memory);
   const int head = blockIdx.x % p.H, half = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), tid = threadIdx.x % 128;
@@ -146,8 +147,8 @@ __global__ __launch_bounds__(kThreads, 1) void ends_kernel(const __grid_constant
 void hopper_ends(const BackwardParams& p, const void* boundary, const void* images, float* ends) {
   const Segments segments = hopper_segments(p).undivided();
   select_hopper(p, [&]<class E, int D>() {
-    launch("hopper_ends", ends_kernel<E, D>, p.N * segments.before() * p.H, kThreads, sizeof(EndsShared<E, D>), p.stream, p,
-           static_cast<const GateImage<E>*>(images), input_maps(p), boundary_map(p, boundary), segments, ends);
+    launch_early("hopper_ends", ends_kernel<E, D>, p.N * segments.before() * p.H, kThreads, sizeof(EndsShared<E, D>), p.stream, p,
+                 static_cast<const GateImage<E>*>(images), input_maps(p), boundary_map(p, boundary), segments, ends);
   });
   hopper_join_ends(p, ends);
 }

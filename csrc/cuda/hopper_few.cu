@@ -40,6 +40,7 @@ template <class E, int D, bool reverse>
 __global__ __launch_bounds__(kThreads, 4) void products_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ Backward<E> w,
                                                                float* products) {
 #if GSA_HOPPER
+  after_the_last_kernel();
   extern __shared__ __align__(1024) char memory[];
   auto* const stages = reinterpret_cast<ProductTiles<E, D>*>(memory);
   const int r = reverse ? p.HQ / p.H : 1;
@@ -125,6 +126,7 @@ template <class E, int D, bool reverse>
 __global__ __launch_bounds__(kThreads) void pass_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ ScanEnds ends, E* boundary,
                                                         const __grid_constant__ Backward<E> w, const float* products) {
 #if GSA_HOPPER
+  after_the_last_kernel();
   extern __shared__ __align__(1024) char memory[];
   auto& m = *reinterpret_cast<PassShared<reverse>*>(memory);
   constexpr int parts = D / 8;
@@ -236,10 +238,10 @@ template <bool reverse>
 void scan_few(const BackwardParams& p, const ScanEnds& ends, void* boundary, const BackwardWorkspace& w) {
   const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, kChunk);
   select_hopper(p, [&]<class E, int D>() {
-    launch(reverse ? "hopper_cotangents: products" : "hopper_states: products", products_kernel<E, D, reverse>, slots * p.H * banks_of(p) * 2, kThreads,
-           products_shared<E, D>(reverse ? std::min(p.HQ / p.H, kStages) : 1), p.stream, p, Backward<E>(w), w.products);
-    launch(reverse ? "hopper_cotangents" : "hopper_states", pass_kernel<E, D, reverse>, p.N * p.H * banks_of(p) * 2 * (D / 8), kThreads,
-           sizeof(PassShared<reverse>), p.stream, p, ends, static_cast<E*>(boundary), Backward<E>(w), static_cast<const float*>(w.products));
+    launch_early(reverse ? "hopper_cotangents: products" : "hopper_states: products", products_kernel<E, D, reverse>, slots * p.H * banks_of(p) * 2, kThreads,
+                 products_shared<E, D>(reverse ? std::min(p.HQ / p.H, kStages) : 1), p.stream, p, Backward<E>(w), w.products);
+    launch_early(reverse ? "hopper_cotangents" : "hopper_states", pass_kernel<E, D, reverse>, p.N * p.H * banks_of(p) * 2 * (D / 8), kThreads,
+                 sizeof(PassShared<reverse>), p.stream, p, ends, static_cast<E*>(boundary), Backward<E>(w), static_cast<const float*>(w.products));
   });
 }
 

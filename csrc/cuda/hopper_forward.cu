@@ -188,6 +188,7 @@ __global__ __launch_bounds__(kThreads<images>, 1) void forward_kernel(const __gr
                                                                       E* boundary, GateImage<E>* gate_images, int* cut,
                                                                       const __grid_constant__ Segments segments, const float* starts) {
 #if GSA_HOPPER
+  after_the_last_kernel();
   extern __shared__ __align__(1024) char memory[];
   auto& m = *reinterpret_cast<ForwardShared<E, D, images>*>(memory);
   const int64_t q_head = blockIdx.x % p.HQ, item = longest_first(p, blockIdx.x / p.HQ, m.found), head = q_head / (p.HQ / p.H);

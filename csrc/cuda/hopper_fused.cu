@@ -382,6 +382,7 @@ __device__ __forceinline__ void fused_side(const BackwardParams& p, FusedShared<
 template <class E, int D, bool packed>
 __global__ __launch_bounds__(384, 1) void fused_kernel(const __grid_constant__ BackwardParams p, const E* boundary, const int* cut) {
 #if GSA_HOPPER
+  after_the_last_kernel();
   extern __shared__ __align__(1024) char memory[];
   auto& m = *reinterpret_cast<FusedShared<E, D>*>(memory);
   const int64_t head = blockIdx.x % p.H, n = packed ? longest_first(p, blockIdx.x / p.H, m.found) : blockIdx.x / p.H;

@@ -23,6 +23,7 @@ struct GatesShared {  // of a bank
 template <class E, int BANKS, bool plain>
 __global__ __launch_bounds__(kThreads* BANKS, 4 / BANKS) void gates_kernel(const __grid_constant__ Params p, GateImage<E>* images, const int* only) {
 #if GSA_HOPPER
+  after_the_last_kernel();
   extern __shared__ __align__(1024) char memory[];
   const int head = blockIdx.x % p.H, bank = __shfl_sync(0xffffffffu, threadIdx.x / kThreads, 0), own = threadIdx.x % kThreads;
   auto& m = reinterpret_cast<GatesShared<E>*>(memory)[bank];
@@ -88,8 +89,8 @@ __global__ __launch_bounds__(kThreads* BANKS, 4 / BANKS) void gates_kernel(const
 void hopper_gates(const Params& p, void* images, bool plain, const int* only) {
   const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, kChunk);
   auto run = [&]<class E, int BANKS, bool plain>() {
-    launch("hopper_gates", gates_kernel<E, BANKS, plain>, slots * p.H, kThreads * BANKS, sizeof(GatesShared<E>) * BANKS, p.stream, p,
-           static_cast<GateImage<E>*>(images), only);
+    launch_early("hopper_gates", gates_kernel<E, BANKS, plain>, slots * p.H, kThreads * BANKS, sizeof(GatesShared<E>) * BANKS, p.stream, p,
+                 static_cast<GateImage<E>*>(images), only);
   };
   auto with = [&]<class E>() {
     if (banks_of(p) == 2) run.template operator()<E, 2, false>();

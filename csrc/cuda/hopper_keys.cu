@@ -319,6 +319,7 @@ template <class E, int D, int BANKS>
 __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ Backward<E> w,
                                                                       int heads, const __grid_constant__ InputMaps maps) {
 #if GSA_HOPPER
+  after_the_last_kernel();
   extern __shared__ __align__(1024) char memory[];
   constexpr int kThreads = 256 * BANKS, width = D / BANKS;  // dimensions of dk and dv that a warpgroup has
   const int r = p.HQ / p.H;
@@ -524,8 +525,8 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __gr
 void hopper_keys(const BackwardParams& p, const BackwardWorkspace& w) {
   const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, kChunk);
   select_banks(p, [&]<class E, int D, int BANKS>() {
-    launch("hopper_keys", keys_kernel<E, D, BANKS>, slots * p.H, 256 * BANKS, sizeof(KeysShared<E, D, BANKS>), p.stream, p, Backward<E>(w),
-           hopper_query_heads(p), input_maps(p));
+    launch_early("hopper_keys", keys_kernel<E, D, BANKS>, slots * p.H, 256 * BANKS, sizeof(KeysShared<E, D, BANKS>), p.stream, p, Backward<E>(w),
+                 hopper_query_heads(p), input_maps(p));
   });
 }
 

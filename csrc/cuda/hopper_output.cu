@@ -138,6 +138,7 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void output_kernel(const __
                                                                         int heads, const __grid_constant__ InputMaps maps,
                                                                         const __grid_constant__ CUtensorMap states) {
 #if GSA_HOPPER
+  after_the_last_kernel();
   extern __shared__ __align__(1024) char memory[];
   constexpr int kThreads = 256 * BANKS, width = D / (2 * BANKS);  // dimensions of a warpgroup
   auto& m = *reinterpret_cast<OutputShared<E, D, BANKS>*>(memory);
@@ -248,9 +249,9 @@ void hopper_output(const ForwardParams& p, const void* boundary, const void* ima
   const int r = p.HQ / p.H;
   const int heads = slots * p.H >= 8 * hopper_multiprocessors() ? r : 1;  // of one block
   select_banks(p, [&]<class E, int D, int BANKS>() {
-    launch("hopper_output", output_kernel<E, D, BANKS>, slots * p.H * (r / heads), 256 * BANKS, sizeof(OutputShared<E, D, BANKS>), p.stream, p,
-           static_cast<const E*>(boundary), static_cast<const GateImage<E>*>(images), heads, input_maps(static_cast<const Params&>(p)),
-           boundary_map(p, boundary));
+    launch_early("hopper_output", output_kernel<E, D, BANKS>, slots * p.H * (r / heads), 256 * BANKS, sizeof(OutputShared<E, D, BANKS>), p.stream, p,
+                 static_cast<const E*>(boundary), static_cast<const GateImage<E>*>(images), heads, input_maps(static_cast<const Params&>(p)),
+                 boundary_map(p, boundary));
   });
 }
 

@@ -188,6 +188,7 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void queries_kernel(const _
                                                                          const __grid_constant__ Backward<E> w, int heads,
                                                                          const __grid_constant__ InputMaps maps, const __grid_constant__ CUtensorMap states) {
 #if GSA_HOPPER
+  after_the_last_kernel();
   extern __shared__ __align__(1024) char memory[];
   using Shared = QueriesShared<E, D, BANKS>;
   constexpr int kThreads = 256 * BANKS, width = D / (2 * BANKS);  // dimensions of a warpgroup
@@ -335,8 +336,8 @@ void hopper_queries(const BackwardParams& p, const void* boundary, const Backwar
   const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, kChunk);
   const int r = p.HQ / p.H, heads = hopper_query_heads(p);
   select_banks(p, [&]<class E, int D, int BANKS>() {
-    launch("hopper_queries", queries_kernel<E, D, BANKS>, slots * p.H * (r / heads), 256 * BANKS, queries_shared<E, D, BANKS>(), p.stream, p,
-           static_cast<const E*>(boundary), Backward<E>(w), heads, input_maps(p), boundary_map(p, boundary));
+    launch_early("hopper_queries", queries_kernel<E, D, BANKS>, slots * p.H * (r / heads), 256 * BANKS, queries_shared<E, D, BANKS>(), p.stream, p,
+                 static_cast<const E*>(boundary), Backward<E>(w), heads, input_maps(p), boundary_map(p, boundary));
   });
 }
 

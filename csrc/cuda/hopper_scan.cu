@@ -36,6 +36,7 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
                                                                              const __grid_constant__ InputMaps maps,
                                                                              const __grid_constant__ CUtensorMap states) {
 #if GSA_HOPPER
+  after_the_last_kernel();
   extern __shared__ __align__(1024) char memory[];
   auto& m = *reinterpret_cast<ScanShared<E, STAGES>*>(memory);
   constexpr int slices = D / 64;
@@ -176,8 +177,8 @@ void scan(const BackwardParams& p, const ScanEnds& ends, void* boundary, const B
   auto for_size = [&]<class E, int D>() {
     const int64_t blocks = p.N * p.H * banks_of(p) * sides * (D / 64);
     auto run = [&]<int STAGES>() {
-      launch(reverse ? "hopper_cotangents" : "hopper_states", scan_kernel<E, D, reverse, STAGES>, blocks, kThreads, sizeof(ScanShared<E, STAGES>), p.stream, p,
-             ends, static_cast<E*>(boundary), Backward<E>(w), sides, maps, states);
+      launch_early(reverse ? "hopper_cotangents" : "hopper_states", scan_kernel<E, D, reverse, STAGES>, blocks, kThreads, sizeof(ScanShared<E, STAGES>),
+                   p.stream, p, ends, static_cast<E*>(boundary), Backward<E>(w), sides, maps, states);
     };
     blocks > hopper_multiprocessors() ? run.template operator()<3>() : run.template operator()<6>();
   };

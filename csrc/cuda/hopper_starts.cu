@@ -39,6 +39,7 @@ template <class E, int D>
 __global__ __launch_bounds__(kThreads, 2) void starts_kernel(const __grid_constant__ Params p, const __grid_constant__ InputMaps maps,
                                                              const __grid_constant__ Segments segments, float* starts) {
 #if GSA_HOPPER
+  after_the_last_kernel();
   extern __shared__ __align__(1024) char memory[];
   auto& m = *reinterpret_cast<StartsShared<E, D>*>(memory);
   const int head = blockIdx.x % p.H, side = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
@@ -107,6 +108,7 @@ __global__ __launch_bounds__(kThreads, 2) void starts_kernel(const __grid_consta
 // Four elements of a state a thread.
 template <bool reverse>
 __global__ __launch_bounds__(kJoinThreads) void join_kernel(const __grid_constant__ Params p, const __grid_constant__ Segments segments, float* starts) {
+  after_the_last_kernel();
   const int size = (p.K + p.V) * p.M, blocks = (size / 4 + kJoinThreads - 1) / kJoinThreads, i = (blockIdx.x % blocks * kJoinThreads + threadIdx.x) * 4;
   const int64_t head = blockIdx.x / blocks % p.H, n = blockIdx.x / blocks / p.H, each = start_floats(p);
   if (i >= size) return;
@@ -141,7 +143,7 @@ __global__ __launch_bounds__(kJoinThreads) void join_kernel(const __grid_constan
 template <bool reverse>
 void join(const Params& p, const Segments& segments, float* parts) {
   const int64_t blocks = ceil_div(int64_t(p.K + p.V) * p.M / 4, int64_t(kJoinThreads)) * p.H * p.N;
-  launch("hopper_join", join_kernel<reverse>, blocks, kJoinThreads, 0, p.stream, p, segments, parts);
+  launch_early("hopper_join", join_kernel<reverse>, blocks, kJoinThreads, 0, p.stream, p, segments, parts);
 }
 
 }  // namespace
@@ -151,8 +153,8 @@ void hopper_join_ends(const Params& p, float* ends) { join<true>(p, hopper_segme
 void hopper_starts(const Params& p, float* starts) {
   const Segments segments = hopper_segments(p);
   select_hopper(p, [&]<class E, int D>() {
-    launch("hopper_starts", starts_kernel<E, D>, p.N * segments.before() * p.H, kThreads, sizeof(StartsShared<E, D>), p.stream, p, input_maps(p), segments,
-           starts);
+    launch_early("hopper_starts", starts_kernel<E, D>, p.N * segments.before() * p.H, kThreads, sizeof(StartsShared<E, D>), p.stream, p, input_maps(p),
+                 segments, starts);
   });
   join<false>(p, segments, starts);
 }

@@ -398,6 +398,7 @@ template <class E, int D, bool packed>
 __global__ __launch_bounds__(512, 1) void walk_kernel(const __grid_constant__ BackwardParams p, const E* boundary, const GateImage<E>* images, int* cut,
                                                       const __grid_constant__ Segments segments, const float* ends) {
 #if GSA_HOPPER
+  after_the_last_kernel();
   extern __shared__ __align__(1024) char memory[];
   auto& m = *reinterpret_cast<WalkShared<E, D>*>(memory);
   const int head = blockIdx.x % p.H;

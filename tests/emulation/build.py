@@ -65,6 +65,9 @@ INSTRUCTIONS = {
     "cp.async.bulk.commit_group;": "emulation::bulk_commit()",
     "cp.async.bulk.wait_group 0;": "emulation::bulk_wait(false)",
     "cp.async.bulk.wait_group.read 0;": "emulation::bulk_wait(true)",
+    # kernels follow each other
+    "griddepcontrol.wait;": "static_cast<void>(0)",
+    "griddepcontrol.launch_dependents;": "static_cast<void>(0)",
     # barriers
     "bar.sync %0, %1;": "emulation::sync(%0, %1)",
     "fence.proxy.async.shared::cta;": "static_cast<void>(0)",

@@ -49,6 +49,14 @@ __device__ inline float copy(float x) {
   asm volatile("mov.b32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// How a kernel that launch_early launches begins, before it reads or writes any memory: the one before it has ended; the one after it may be brought.
+__device__ inline void after_the_last_kernel() {
+#if GSA_HOPPER
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // ------------------------------------------------------------------------------------------------------------ barriers
 
 __device__ inline void init(uint64_t* barrier, int count) {

@@ -68,13 +68,37 @@ inline void check_launch(cudaError_t e, const char* name) {
   check(e, name);
 }
 
-template <class Kernel, class... Args>
-void launch(const char* name, Kernel kernel, int64_t blocks, int threads, int64_t shared, void* stream, const Args&... args) {
-  if (blocks <= 0) return;
+template <class Kernel>
+bool prepare_launch(const char* name, Kernel kernel, int64_t blocks, int64_t shared) {
+  if (blocks <= 0) return false;
   if (blocks > 2147483647LL) throw std::runtime_error(std::string("gsa_ext: ") + name + ": more than 2^31 - 1 blocks of work; split the batch");
   if (shared > 48 * 1024) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), name);
+  return true;
+}
+
+template <class Kernel, class... Args>
+void launch(const char* name, Kernel kernel, int64_t blocks, int threads, int64_t shared, void* stream, const Args&... args) {
+  if (!prepare_launch(name, kernel, blocks, shared)) return;
   kernel<<<static_cast<unsigned>(blocks), threads, shared, static_cast<cudaStream_t>(stream)>>>(args...);
   check_launch(cudaGetLastError(), name);
+}
+
+// The same for a kernel that begins with after_the_last_kernel() (core/hopper.cuh): its blocks may be on their way to the multiprocessors while the kernel before it ends.
+template <class Kernel, class... Args>
+void launch_early(const char* name, Kernel kernel, int64_t blocks, int threads, int64_t shared, void* stream, const Args&... args) {
+#ifdef __CUDACC__
+  if (!prepare_launch(name, kernel, blocks, shared)) return;
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(blocks), config.blockDim = threads, config.dynamicSmemBytes = shared,
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &early, config.numAttrs = 1;
+  check_launch(cudaLaunchKernelEx(&config, kernel, args...), name);
+#else
+  launch(name, kernel, blocks, threads, shared, stream, args...);
+#endif
 }
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
