@@ -21,6 +21,7 @@ def hopper(request, capability, monkeypatch):
 
 
 once = pytest.mark.parametrize("hopper", ["parts"], indirect=True)
+wide = pytest.mark.parametrize("hopper", ["parts", "hopper"], indirect=True)
 in_parts = pytest.mark.parametrize("hopper", ["parts", "few"], indirect=True)
 
 
@@ -57,7 +58,7 @@ def test_gates(dtype, D, M, mode, gate, cuda):
 
 
 @pytest.mark.parametrize("r", [1, 2])
-@pytest.mark.parametrize("kernels,D,M", [("hopper", 128, 64), ("", 128, 64), ("", 128, 128), ("", 256, 64)])
+@pytest.mark.parametrize("kernels,D,M", [("hopper", 128, 64), ("", 128, 64), ("", 128, 128), ("", 256, 64), ("hopper", 256, 64)])
 def test_small_cotangents_beside_strong_gates(kernels, D, M, r, cuda, monkeypatch):
     """A mean's cotangents are as small as 2^-30: nothing that they are multiplied with may push them below what a number of 16 bits can hold."""
     monkeypatch.setenv("GSA_KERNELS", kernels)
@@ -202,16 +203,25 @@ def test_strong_gates_in_one_head_of_one_sequence(D, M, r, cuda):
 
 
 @once
-def test_wide_heads_never_walk(cuda, kernels_of, monkeypatch):
+def test_wide_heads_walk_backward_only(cuda, kernels_of, monkeypatch):
+    """With sequences and heads enough; else, and forward, they go in parts."""
     x = make_inputs(8, 64, 17, K=256, V=256, dtype=BF16, device=cuda)
-    needed = ("scan_kernel", "wide_scores_kernel", "wide_values_kernel", "wide_queries_kernel", "wide_keys_kernel")
-    for way in ("", "hopper", "parts", "few"):
-        monkeypatch.setenv("GSA_KERNELS", way)
+    few = make_inputs(1, 64, 2, K=256, V=256, dtype=BF16, device=cuda)
+    parts = ("scan_kernel", "wide_scores_kernel", "wide_values_kernel", "wide_queries_kernel")
+
+    def walks(x):
         names = kernels_of(lambda: testing.results(chunk_gsa, x))
-        assert all(any(kernel in name for name in names) for kernel in needed), way
+        assert all(any(kernel in name for name in names) for kernel in parts)
+        walk, keys = (any(kernel in name for name in names) for kernel in ("wide_walk_kernel", "wide_keys_kernel"))
+        assert walk != keys
+        return walk
+
+    for way, expected in {"": True, "hopper": True, "parts": False, "few": False}.items():
+        monkeypatch.setenv("GSA_KERNELS", way)
+        assert walks(x) == expected and walks(few) == (way == "hopper"), way
 
 
-@once
+@wide
 @pytest.mark.parametrize("gate", ["zero", 8.0, 1.0, 0.1, "mixed", "-40", "-inf", "shut"])
 @pytest.mark.parametrize("mode", ["coupled", "given"])
 @pytest.mark.parametrize("dtype,D,M,r", [(BF16, 256, 64, 1), (BF16, 512, 64, 1), (BF16, 512, 48, 2), (FP16, 256, 48, 2), (FP16, 512, 64, 3)])
@@ -219,14 +229,14 @@ def test_wide_heads(dtype, D, M, r, mode, gate, cuda):
     check(chunk_gsa, make_inputs(2, 150, 2 * r, 2, D, D, M, mode=mode, gate=gate, dtype=dtype, device=cuda, initial_state=True))
 
 
-@once
+@wide
 @pytest.mark.parametrize("T", [1, 63, 64, 65, 300])
 @pytest.mark.parametrize("D,M", [(256, 8), (256, 40), (512, 24), (512, 64)])
 def test_lengths_and_slots_of_wide_heads(T, D, M, cuda):
     check(chunk_gsa, make_inputs(2, T, 2, 2, D, D, M, mode="given", dtype=BF16, device=cuda, initial_state=True))
 
 
-@once
+@wide
 @pytest.mark.parametrize("r", [1, 2])
 @pytest.mark.parametrize("mode", ["coupled", "given", "abc"])
 @pytest.mark.parametrize("state", [False, True, "broadcast"])
@@ -235,7 +245,7 @@ def test_packed_wide_heads(state, mode, r, cuda):
     check(chunk_gsa, make_inputs(lengths=lengths, HQ=2 * r, H=2, K=256, V=256, M=16, mode=mode, gate=1.0, dtype=BF16, device=cuda, initial_state=state))
 
 
-@once
+@wide
 @pytest.mark.parametrize("r", [1, 3])
 @pytest.mark.parametrize("D", [256, 512])
 def test_wide_heads_with_chunks_of_several_windows_among_others(D, r, cuda):

@@ -1,6 +1,6 @@
 // Chunked backward for Hopper, host side: the walk or the parts in order (hopper.h), and what lies in the workspace.
 #include "core/hopper.cuh"
-#include "hopper.h"
+#include "hopper_wide.h"
 
 namespace gsa::cuda {
 namespace {
@@ -9,7 +9,10 @@ namespace {
 bool walks_alone(const Params& p) { return hopper_fuses(p) && hopper_segments(p).count == 1; }
 
 // The parts do half of the sequences at a time, where that is enough for the GPU: half of the memory.
-int slices(const Params& p) { return !walks_alone(p) && !p.cu_seqlens && p.N % 2 == 0 && p.N * p.H >= 64 ? 2 : 1; }
+int slices(const Params& p) {
+  const int64_t enough = hopper_wide_walks(p) ? 64 : 32;
+  return !walks_alone(p) && !p.cu_seqlens && p.N % 2 == 0 && p.N / 2 * p.H >= enough ? 2 : 1;
+}
 
 int64_t slots_of(const Params& p) { return boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, hopper::kChunk); }
 
@@ -30,6 +33,10 @@ struct Plan {
     if (walks_alone(whole)) return;
     const int64_t slots = slots_of(slice), banks = hopper::banks_of(p), chunks = slots * p.H * banks;
     saved = take(slots * p.HQ * banks * static_cast<int64_t>(hopper_wide(p) ? sizeof(hopper::WideSaved<half>) : sizeof(hopper::Saved<half>)));
+    if (hopper_wide_walks(slice)) {
+      E0 = take(hopper_wide_walk_bytes(slice));
+      return;
+    }
     E0 = take(chunks * 3 * 64 * p.K * 2);
     edge = take(chunks * 2 * p.K * 4);
     if (few && !walks) products = take(hopper_products_bytes(p));
@@ -54,9 +61,9 @@ BackwardParams sequences(const BackwardParams& p, int64_t n, int64_t count) {
 void parts(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w) {
   if (hopper_wide(p)) {
     hopper_wide_queries(p, boundary, w);
+    if (hopper_wide_walks(p)) return hopper_wide_walk(p, boundary, w);
     hopper_cotangents(p, boundary, w);
-    hopper_wide_keys(p, boundary, w);
-    return;
+    return hopper_wide_keys(p, boundary, w);
   }
   hopper_queries(p, boundary, w);
   hopper_cotangents(p, boundary, w);

@@ -85,6 +85,9 @@ INSTRUCTIONS = {
     "{ .reg .b32 data, barrier; mapa.shared::cluster.u32 data, %0, %3; mapa.shared::cluster.u32 barrier, %1, %3; "
     "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [data], %2, [barrier]; }": "emulation::store_async("
     "emulation::mapa(%0, %3), %2, emulation::mapa(%1, %3))",
+    "mapa.shared::cluster.u32 %0, %1, %2;": "%0 = emulation::mapa(%1, %2)",
+    "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];": "emulation::store_four_async(%0, %1, %2, %3, %4, %5)",
+    "mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];": "emulation::mbarrier_arrive_there(%0)",
     "setmaxnreg.dec.sync.aligned.u32 %0;": "static_cast<void>(0)",
     "setmaxnreg.inc.sync.aligned.u32 %0;": "static_cast<void>(0)",
     # matrices

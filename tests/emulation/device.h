@@ -167,9 +167,11 @@ void cluster_arrive();
 void cluster_wait();
 uint32_t mapa(uint32_t address, uint32_t rank);
 void store_async(uint32_t to, uint32_t value, uint32_t barrier);   // both of the cluster's
+void store_four_async(uint32_t to, float a, float b, float c, float d, uint32_t barrier);
 
 void mbarrier_init(uint32_t barrier, uint32_t count);
 void mbarrier_arrive(uint32_t barrier);
+void mbarrier_arrive_there(uint32_t barrier);              // one of the cluster's
 void mbarrier_expect(uint32_t barrier, uint32_t bytes);
 void mbarrier_wait(uint32_t barrier, uint32_t parity);
 

@@ -489,14 +489,19 @@ void mbarrier_init(uint32_t a, uint32_t count) {
   if (count == 0 || count >= 1 << 15) fail("an mbarrier of %u arrivals", count);
   b.phase = 0, b.count = b.pending = count, b.bytes = 0;
 }
-static void arrive_at(uint32_t a, int32_t bytes) {
-  MBarrier& b = mbarrier(cta(), a);
+static void arrive_at(Cta& c, uint32_t a, int32_t bytes) {
+  MBarrier& b = mbarrier(c, a);
   if (b.pending == 0) fail("the mbarrier at %u: an arrival too many", a);
   b.bytes += bytes, b.pending = b.pending - 1;
   settle(b);
 }
-void mbarrier_arrive(uint32_t a) { arrive_at(a, 0); }
-void mbarrier_expect(uint32_t a, uint32_t bytes) { arrive_at(a, static_cast<int32_t>(bytes)); }
+void mbarrier_arrive(uint32_t a) { arrive_at(cta(), a, 0); }
+void mbarrier_arrive_there(uint32_t a) {
+  Cta& c = of_cluster(a);
+  if (c.live == 0) fail("an arrival at a block that has ended");
+  arrive_at(c, a, 0);
+}
+void mbarrier_expect(uint32_t a, uint32_t bytes) { arrive_at(cta(), a, static_cast<int32_t>(bytes)); }
 void mbarrier_wait(uint32_t a, uint32_t parity) {
   mbarrier(cta(), a);
   wait_while(reinterpret_cast<const uint32_t*>(cta().shared + a), 1, parity & 1, "for the mbarrier at", a);
@@ -587,6 +592,10 @@ void store_async(uint32_t to, uint32_t value, uint32_t barrier) {
   if (&of_cluster(barrier) != &c) fail("st.async: data and barrier in different blocks");
   if (to % 4) fail("st.async: 4 bytes to %u", to);
   issue({&c, to, nullptr, 4, barrier, value});
+}
+void store_four_async(uint32_t to, float a, float b, float c, float d, uint32_t barrier) {
+  if (to % 16) fail("st.async: 16 bytes to %u", to);
+  for (const float x : {a, b, c, d}) store_async(to, std::bit_cast<uint32_t>(x), barrier), to += 4;
 }
 
 void bulk_store(void* to, uint32_t from, uint32_t bytes) {
