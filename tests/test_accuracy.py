@@ -1,6 +1,7 @@
 """Every op, mode, shape and gate against the recurrence in fp64: outputs, final states and all gradients."""
 
 import functools
+import os
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from gsa_ext.testing import check, make_inputs, stepwise
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 OPS = {"chunk": chunk_gsa, "recurrent": fused_recurrent_gsa, "step": stepwise}
+EMULATED = "GSA_EMULATED" in os.environ
 TYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MODES = ["coupled", "given", "abc"]
 ops = pytest.mark.parametrize("op", OPS)
@@ -106,6 +108,31 @@ def test_recurrent_packed_and_broadcast(mode, reverse, device):
 def test_broadcast_state(device):
     for dtype in (torch.float32, torch.bfloat16):
         check(chunk_gsa, make_inputs(3, 70, 2, 1, 32, 32, 16, dtype=dtype, initial_state="broadcast", device=device))
+
+
+TF32 = dict.fromkeys(("o", "hk", "hv", "dq", "dk", "dv", "ds", "dg", "dhk0", "dhv0"), 3e-3)
+TF32_INPUTS = [
+    {"B": 2, "T": 150, "HQ": 4, "H": 2, "K": 32, "V": 48, "M": 20, "initial_state": True},
+    {"lengths": [0, 1, 40, 0, 64, 17, 130, 0], "HQ": 2, "H": 1, "K": 16, "V": 32, "M": 16, "initial_state": "broadcast"},
+    {"T": 70, "HQ": 2, "H": 1, "K": 60, "V": 100, "M": 100, "gate": 1.0},
+    {"T": 70, "HQ": 2, "H": 1, "K": 100, "V": 64, "M": 256},
+    *({"T": 150, "HQ": 1, "K": 128, "V": 128, "M": 64, "gate": gate, "initial_state": True} for gate in ("zero", 8.0, 1.0, 0.1, "mixed", "-40", "-inf", "shut")),
+]
+
+
+@pytest.fixture
+def tf32():
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize("options", TF32_INPUTS, ids=str)
+@pytest.mark.parametrize("mode", ["coupled", "given"])
+def test_tf32(mode, options, tf32, device):
+    """On a GPU products of fp32 inputs are in TF32 where that is allowed; elsewhere nothing changes."""
+    x = make_inputs(**options, mode=mode, device=device)
+    check(chunk_gsa, x, allowed=TF32 if device.type == "cuda" or EMULATED else None)
 
 
 @pytest.mark.parametrize("tau", testing.PEER)

@@ -73,7 +73,7 @@ template <class Cfg>
 __global__ __launch_bounds__(Cfg::threads, Cfg::blocks_per_sm) void backward_queries(const __grid_constant__ BackwardParams p,
                                                                                      const __grid_constant__ Saved saved) {
   using E = typename Cfg::E;
-  using A = Arith<E>;
+  using A = typename Cfg::A;
   constexpr int C = Cfg::C, MP = Cfg::MP, MT = Cfg::MT, CT = Cfg::CT, DS = Cfg::DS, DT = Cfg::DT, NB = Cfg::NB, ldm = Cfg::ldm, ldd = Cfg::ldd;
   const int64_t q_head = blockIdx.x % p.HQ, head = q_head / (p.HQ / p.H);
   Chunk c;
@@ -114,7 +114,7 @@ __global__ __launch_bounds__(Cfg::threads, Cfg::blocks_per_sm) void backward_que
 #pragma unroll 1
     for (int d = 0; d < D; d += DS) {
       const auto s = ring.next(3, pass_of);
-      typename A::template Op<DS> op;
+      typename A::template TileOp<DS> op;
       A::template from_tile<DS>(op, s.x + warp * 16 * ldd, ldd);
 #pragma unroll
       for (int J = 0; J < NB; ++J)
@@ -162,7 +162,7 @@ __global__ __launch_bounds__(Cfg::threads, Cfg::blocks_per_sm) void backward_que
     for (int t = 0; t < MT; ++t)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const float w = exp_of<Cfg::fp32>(logit(t, e) - top);
+        const float w = exp_of<Cfg::exact>(logit(t, e) - top);
         sum += w;
         dot += w * fmaf(b1[h], s[t][e], dp[t][2 * h + e]);
       }
@@ -175,7 +175,7 @@ __global__ __launch_bounds__(Cfg::threads, Cfg::blocks_per_sm) void backward_que
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float &o1_off = o1[t][2 * h + e], &dp_off = dp[t][2 * h + e];
-        const float prob = exp_of<Cfg::fp32>(logit(t, e) - top) * inv;
+        const float prob = exp_of<Cfg::exact>(logit(t, e) - top) * inv;
         const float grad = prob * (fmaf(b1[h], s[t][e], dp_off) - dot);
         e_row[e] = o1_off * grad + prob * dp_off;
         o1_off = prob;
@@ -267,7 +267,7 @@ __device__ inline void store4(const View& to, int64_t at, const float (&x)[4], i
 template <class Cfg>
 struct KeysShared {
   using E = typename Cfg::E;
-  static constexpr int DS = Cfg::fp32 ? Cfg::DS : 32, ldd = DS + Cfg::pad;
+  static constexpr int DS = Cfg::exact ? Cfg::DS : Cfg::fp32 && Cfg::small ? 16 : 32, ldd = DS + Cfg::pad;
   static constexpr int ldt = Cfg::C + Cfg::pad;                       // of dA1, A2
   static constexpr int ldr = Cfg::C + 8;                              // rows of A1, B
   static constexpr int ldz = Cfg::MP + 4;                             // of the scratch of a slow block
@@ -275,14 +275,14 @@ struct KeysShared {
   static constexpr int edge = Cfg::MP > 2 * threads ? Cfg::MP : 2 * threads;
   static constexpr int64_t slices =
       2 * arena(Cfg::C * ldd, sizeof(E)) + arena(DS * Cfg::lds, 4) + arena(DS * Cfg::ldm, sizeof(E)) + (Cfg::fp32 ? 1 : 2) * arena(Cfg::C * ldt, sizeof(E));
-  static constexpr bool needs_products = !(Cfg::fp32 && Cfg::NB == 1);   // else every product is one of the exact in-block ones
+  static constexpr bool needs_products = !(Cfg::exact && Cfg::NB == 1);   // else every product is one of the exact in-block ones
   static constexpr int64_t stage = 2 * arena(16 * ldr, 4) + (needs_products ? 2 * arena(16 * Cfg::lds, 4) : 0);
   static constexpr int stages = Cfg::small ? 1 : 2;
   static constexpr int64_t rows = stages * stage + arena(16 * ldz, 4);
   static constexpr int64_t tiles = (Cfg::small ? 1 : 2) * arena(Cfg::C * Cfg::ldu, 4);
   static constexpr int64_t region = slices > rows ? (slices > tiles ? slices : tiles) : (rows > tiles ? rows : tiles);
   static constexpr int64_t bytes = Gates<Cfg>::bytes + arena(edge, 4) + region;
-  static_assert(bytes <= (Cfg::small || Cfg::fp32 ? 99 : 113) * 1024);
+  static_assert(bytes <= (Cfg::small || Cfg::exact ? 99 : 113) * 1024);
 };
 
 // Slow blocks only, so not inlined. W[j][m] = a_{j+1} ... a_15, the decay from row j to the end of the block,
@@ -323,7 +323,7 @@ template <class Cfg>
 __global__ __launch_bounds__(KeysShared<Cfg>::threads, Cfg::blocks_per_sm) void backward_keys(const __grid_constant__ BackwardParams p,
                                                                                               const __grid_constant__ Saved saved) {
   using E = typename Cfg::E;
-  using A = Arith<E>;
+  using A = typename Cfg::A;
   using X = typename Cfg::X;
   using Shared = KeysShared<Cfg>;
   constexpr int C = Cfg::C, MP = Cfg::MP, MT = Cfg::MT / Cfg::keys_split, DS = Shared::DS, DT = DS / 8 / Cfg::keys_split, NB = Cfg::NB, ldd = Shared::ldd,
@@ -438,7 +438,7 @@ __global__ __launch_bounds__(KeysShared<Cfg>::threads, Cfg::blocks_per_sm) void 
         X::template from_tile<MP>(op, end_s + warp * 16 * ldu, ldu);
         X::template mma_nt<DT, MP>(acc, op, h_s + d0 * lds, lds);
         typename X::template Op<DS> xo;
-        X::template from_tile<DS>(xo, x_s + warp * 16 * ldd, ldd);
+        X::template from_input<DS>(xo, x_s + warp * 16 * ldd, ldd);
         X::template mma_nn<MT, DS>(ds, xo, h_s + m0, lds);
       }
 #pragma unroll 1
@@ -687,16 +687,20 @@ __global__ __launch_bounds__(KeysShared<Cfg>::threads, Cfg::blocks_per_sm) void 
 
 }  // namespace
 
-int64_t backward_workspace(const Params& p) {
-  if (hopper_takes(p)) return hopper_backward_workspace(p);
+int64_t backward_workspace(const Params& given) {
+  if (hopper_takes(given)) return hopper_backward_workspace(given);
+  Params p = given;
+  if (p.math == Math::tf32) p.boundary = nullptr;
   int64_t bytes = 0;
   select_config(p, [&]<class Cfg>() { bytes = plan<Cfg>(p, nullptr).bytes; });
   return bytes;
 }
 
-void chunk_backward(const BackwardParams& p) {
+void chunk_backward(const BackwardParams& given) {
   require_device();
-  if (hopper_takes(p)) return hopper_backward(p);
+  if (hopper_takes(given)) return hopper_backward(given);
+  BackwardParams p = given;
+  if (p.math == Math::tf32) p.boundary = nullptr;
   select_config(p, [&]<class Cfg>() {
     Saved saved = plan<Cfg>(p, static_cast<char*>(p.workspace));
     const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, Cfg::C);

@@ -16,26 +16,27 @@
 namespace gsa::cuda {
 
 // E: type of the tiles of inputs and states. Products with decays (S, p U) have fp32 tiles, in TF32 on the tensor cores when E has 16 bits: at 8 bits
-// their rounding alone would put o, dq, dv and dg above the accuracy that the op promises.
+// their rounding alone would put o, dq, dv and dg above the accuracy that the op promises. fp32 tiles are multiplied in TF32 where `tf32`, else exactly.
 // MP: slots, padded. C: tokens per chunk. DS: columns of K or V in shared memory at a time.
-template <class E_, int MP_, int C_, int DS_>
+template <class E_, int MP_, int C_, int DS_, bool tf32 = false>
 struct Config {
   using E = E_;
-  using X = std::conditional_t<sizeof(E_) == 4, Arith<float>, Tf32>;
+  using A = std::conditional_t<tf32, Tf32Inputs, Arith<E>>;
   static constexpr int MP = MP_, C = C_, DS = DS_;
-  static constexpr bool fp32 = sizeof(E) == 4;
+  static constexpr bool fp32 = sizeof(E) == 4, exact = fp32 && !tf32;
+  using X = std::conditional_t<exact, Arith<float>, Tf32>;
   static constexpr int NB = C / 16;                       // row blocks = warps of the chunk kernels
   static constexpr int threads = NB * 32;
   static constexpr int MT = MP / 8, CT = C / 8, DT = DS / 8;
-  static constexpr int pad = Arith<E>::pad;
-  static constexpr int ldm = MP + pad, ldd = DS + pad;              // row strides of [..][MP], [..][DS] tiles of E
+  static constexpr int pad = A::pad;
+  static constexpr int ldm = MP + A::state_pad, ldd = DS + pad;     // row strides of [..][MP], [..][DS] tiles of E
   static constexpr int ldu = MP + 8;                      // of fp32 [..][MP] tiles read as accumulators
   static constexpr int lds = MP + 4, ldx = C + 4;         // of fp32 [..][MP], [..][C] tiles that X reads
-  static constexpr int keys_split = fp32 || MP == 64 ? 1 : 2;   // warps of backward_keys that share 16 rows, each with its part of the columns
-  static constexpr int SC = fp32 ? MP : DS == 16 ? 16 : 32; // slots that a slow block's scratch holds at a time
-  static constexpr bool small = !fp32 && DS == 16;        // shared memory below 99 KB at any price
-  static constexpr int blocks_per_sm = fp32 ? 1 : MP == 64 ? 3 : MP == 128 ? 2 : 1;   // of the chunk kernels, that registers must allow
-  static constexpr float smallest = fp32 ? 2.f : 1e-26f;  // fp32: every block is "slow", that is exact
+  static constexpr int keys_split = exact || MP == 64 ? 1 : 2;  // warps of backward_keys that share 16 rows, each with its part of the columns
+  static constexpr bool small = !exact && DS * sizeof(E) == 32; // shared memory below 99 KB at any price
+  static constexpr int SC = exact ? MP : small ? 16 : 32;       // slots that a slow block's scratch holds at a time
+  static constexpr int blocks_per_sm = exact ? 1 : MP == 64 ? 3 : MP == 128 ? 2 : 1;  // of the chunk kernels, that registers must allow
+  static constexpr float smallest = exact ? 2.f : 1e-26f;       // exact: every block is "slow"
 };
 
 template <class Cfg>
@@ -403,11 +404,11 @@ __device__ inline void row_writes(const GateReader& reader, int i, float (&w)[MT
 
 // What the products of a chunk need of its gates, made once per key/value head by chunk_gates (core/scan.cuh): a tile of floats in the workspace.
 //   R [C][MP]: the scale of its rows (fast block: 1 / W_i, slow block: U_i);  S [C][MP] = s_j W_j;  lambda [NB][MP];  slow [NB];
-//   in fp32, where every block is slow, also the a and s of every token.
+//   in exact arithmetic, where every block is slow, also the a and s of every token.
 template <class Cfg>
 struct GateTile {
   static constexpr int64_t R = 0, S = Cfg::C * Cfg::MP, lambda = 2 * S, slow = lambda + Cfg::NB * Cfg::MP, a = slow + 4, s = a + S;
-  static constexpr int64_t floats = Cfg::fp32 ? s + S : a;
+  static constexpr int64_t floats = Cfg::exact ? s + S : a;
   static_assert(Cfg::NB <= 4);
 };
 
@@ -418,19 +419,19 @@ struct Gates {
   float* R;                                               // [C][ldu]
   float* lambda;
   int* slow;
-  float *a, *s;                                           // [C][MP], fp32 only
+  float *a, *s;                                           // [C][MP], exact arithmetic only
   const float* tile;
   GateReader reader;
 
-  static constexpr int64_t bytes = arena(C * ldu, 4) + arena(NB * MP, 4) + arena(4, 4) + (Cfg::fp32 ? 2 * arena(C * MP, 4) : 0);
+  static constexpr int64_t bytes = arena(C * ldu, 4) + arena(NB * MP, 4) + arena(4, 4) + (Cfg::exact ? 2 * arena(C * MP, 4) : 0);
 
   __device__ Gates(Arena& arena, const Params& p, const Chunk& c, int64_t head, const float* tiles)
       : tile(tiles + (c.slot * p.H + head) * GateTile<Cfg>::floats), reader(p, c, head) {
     R = arena.take<float>(C * ldu);
     lambda = arena.take<float>(NB * MP);
     slow = arena.take<int>(4);
-    a = Cfg::fp32 ? arena.take<float>(C * MP) : nullptr;
-    s = Cfg::fp32 ? arena.take<float>(C * MP) : nullptr;
+    a = Cfg::exact ? arena.take<float>(C * MP) : nullptr;
+    s = Cfg::exact ? arena.take<float>(C * MP) : nullptr;
   }
   // All THREADS of the block send off their share (cp_async_commit, wait and barrier are the caller's).
   template <int THREADS>
@@ -438,7 +439,7 @@ struct Gates {
     using T = GateTile<Cfg>;
     load_matrix<THREADS, MP>(lambda, MP, tile + T::lambda, NB);
     if (threadIdx.x == 0) cp_async16(slow, tile + T::slow, true);
-    if constexpr (Cfg::fp32) load_matrix<THREADS, MP>(a, MP, tile + T::a, C), load_matrix<THREADS, MP>(s, MP, tile + T::s, C);
+    if constexpr (Cfg::exact) load_matrix<THREADS, MP>(a, MP, tile + T::a, C), load_matrix<THREADS, MP>(s, MP, tile + T::s, C);
   }
   template <int THREADS>
   __device__ void load_R() const {
@@ -450,19 +451,19 @@ struct Gates {
   }
 
   __device__ float gate(int i, int m) const {
-    if constexpr (Cfg::fp32) return a[i * MP + m];
+    if constexpr (Cfg::exact) return a[i * MP + m];
     else return reader.gate(i, m);
   }
   __device__ float write(int i, int m) const {
-    if constexpr (Cfg::fp32) return s[i * MP + m];
+    if constexpr (Cfg::exact) return s[i * MP + m];
     else return reader.write(i, m);
   }
-  __device__ static float operand(float x) { return Cfg::fp32 ? x : round_tf32(x); }
+  __device__ static float operand(float x) { return Cfg::exact ? x : round_tf32(x); }
 
  public:
   // s_i of row i as above, without going to memory where S [C][lds] (s_j W_j) is at hand.
   __device__ void row_writes(int i, const float* S, float (&w)[Cfg::MT][2]) const {
-    if constexpr (Cfg::fp32) {
+    if constexpr (Cfg::exact) {
 #pragma unroll
       for (int t = 0; t < Cfg::MT; ++t) w[t][0] = s[i * MP + t * 8 + frag_col()], w[t][1] = s[i * MP + t * 8 + frag_col() + 1];
     } else if (!slow[i / 16]) {
@@ -498,7 +499,7 @@ struct Triangle {
   int warp;
   static constexpr int ldx = 20;                          // of the in-block 16 x 16 of X
   static constexpr int ldy = Cfg::SC + 8;
-  static constexpr int64_t x_floats = Cfg::fp32 ? 16 * (Cfg::ldx > ldx ? Cfg::ldx : ldx) : 16 * ldx, y_floats = 16 * ldy;
+  static constexpr int64_t x_floats = Cfg::exact ? 16 * (Cfg::ldx > ldx ? Cfg::ldx : ldx) : 16 * ldx, y_floats = 16 * ldy;
 
   // acc <- (acc decayed to the block's start + sum over earlier blocks) decayed to its rows, + in-block part:
   //   out[i, m] = sum_{j < i} X_ij s_jm exp(G_i - G_j) + exp(G_i) acc_in[i, m].
