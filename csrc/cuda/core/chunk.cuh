@@ -304,24 +304,39 @@ __device__ inline void gather(float (&x)[N], const void* ptr, DType t, int64_t f
   g.load(ptr, t, first, step, n);
   g.get(t, x);
 }
-// Four neighbouring elements of row i from column m on, those below n (0 beyond).
-__device__ inline void load4(float (&x)[4], const Rows& src, int i, int m, int n) {
-  const int64_t at = src.at(i) + m;
-  const int size = src.dtype == DType::f32 ? 4 : 2;
-  const char* p = static_cast<const char*>(src.ptr) + at * size;
-  if (n >= 4 && (reinterpret_cast<uintptr_t>(p) & (4 * size - 1)) == 0) {
-    if (size == 4) {
-      const float4 v = *reinterpret_cast<const float4*>(p);
-      x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+// Four neighbouring elements of row i from column m on, those below n (0 beyond): on their way to registers, and later as floats.
+struct Four {
+  uint32_t raw[4];                                        // of 16 bits two in each, in the first two
+  __device__ void load(const Rows& src, int i, int m, int n) {
+    const int64_t at = src.at(i) + m;
+    const int size = src.dtype == DType::f32 ? 4 : 2;
+    const char* p = static_cast<const char*>(src.ptr) + at * size;
+    if (n >= 4 && (reinterpret_cast<uintptr_t>(p) & (4 * size - 1)) == 0) {
+      if (size == 4) {
+        const uint4 v = *reinterpret_cast<const uint4*>(p);
+        raw[0] = v.x, raw[1] = v.y, raw[2] = v.z, raw[3] = v.w;
+      } else {
+        const uint2 v = *reinterpret_cast<const uint2*>(p);
+        raw[0] = v.x, raw[1] = v.y;
+      }
     } else {
-      const uint2 v = *reinterpret_cast<const uint2*>(p);
-      Gather<4> g{{v.x & 0xffffu, v.x >> 16, v.y & 0xffffu, v.y >> 16}};
-      g.get(src.dtype, x);
+      Gather<4> g;
+      g.load(src.ptr, src.dtype, at, 1, n);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) raw[k] = g.raw[k];
+      if (size == 2) raw[0] |= raw[1] << 16, raw[1] = raw[2] | raw[3] << 16;
     }
-  } else {
-    gather(x, src.ptr, src.dtype, at, 1, n);
   }
-}
+  __device__ void get(DType t, float (&x)[4]) const {
+    if (t == DType::f32) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) x[k] = __uint_as_float(raw[k]);
+    } else {
+      const float2 a = t == DType::bf16 ? unpack<bf16>(raw[0]) : unpack<half>(raw[0]), b = t == DType::bf16 ? unpack<bf16>(raw[1]) : unpack<half>(raw[1]);
+      x[0] = a.x, x[1] = a.y, x[2] = b.x, x[3] = b.y;
+    }
+  }
+};
 __device__ inline float fast_exp2(float x) {
   float r;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
@@ -350,6 +365,7 @@ struct GateReader {
   int length, M;
   __device__ GateReader(const Params& p, const Chunk& c, int64_t head) : s(rows_of(p.s, c, head)), g(rows_of(p.g, c, head)), length(c.length), M(p.M) {}
   __device__ static float decay(float g) { return exp_to_the_last_digit(g); }
+  __device__ static bool forgets(float g) { return g < -87.f; }   // decay(g) is 0
 
   __device__ float gate(int i, int m) const { return i < length && m < M ? decay(load_as_float(g.ptr, g.at(i) + m, g.dtype)) : 1.f; }
   __device__ float write(int i, int m) const {
@@ -403,11 +419,13 @@ __device__ inline void row_writes(const GateReader& reader, int i, float (&w)[MT
 }
 
 // What the products of a chunk need of its gates, made once per key/value head by chunk_gates (core/scan.cuh): a tile of floats in the workspace.
-//   R [C][MP]: the scale of its rows (fast block: 1 / W_i, slow block: U_i);  S [C][MP] = s_j W_j;  lambda [NB][MP];  slow [NB];
+//   R [C][MP]: the scale of its rows (fast block: 1 / W_i, slow block: U_i);  S [C][MP] = s_j W_j;  lambda [NB][MP];  after [NB][MP]: the product of the later
+//   lambda;  slow [NB];
 //   in exact arithmetic, where every block is slow, also the a and s of every token.
 template <class Cfg>
 struct GateTile {
-  static constexpr int64_t R = 0, S = Cfg::C * Cfg::MP, lambda = 2 * S, slow = lambda + Cfg::NB * Cfg::MP, a = slow + 4, s = a + S;
+  static constexpr int64_t R = 0, S = Cfg::C * Cfg::MP, lambda = 2 * S, after = lambda + Cfg::NB * Cfg::MP, slow = after + Cfg::NB * Cfg::MP, a = slow + 4,
+                           s = a + S;
   static constexpr int64_t floats = Cfg::exact ? s + S : a;
   static_assert(Cfg::NB <= 4);
 };
@@ -504,9 +522,12 @@ struct Triangle {
   // acc <- (acc decayed to the block's start + sum over earlier blocks) decayed to its rows, + in-block part:
   //   out[i, m] = sum_{j < i} X_ij s_jm exp(G_i - G_j) + exp(G_i) acc_in[i, m].
   __device__ void apply(float (&acc)[MT][4], const float (&x)[CT][4]) const {
+    const bool slow = gates.slow[warp];
+    if constexpr (!Cfg::exact) {                          // where operands are in registers x itself need not be kept there
+      if (slow) store_own_block(x);
+    }
     OpX op;
     A::template from_acc<Cfg::C>(op, x, x_scratch, Cfg::ldx);
-    const bool slow = gates.slow[warp];
 #pragma unroll
     for (int J = 0; J < NB; ++J)
       if (J < warp || (J == warp && !slow)) {
@@ -515,10 +536,10 @@ struct Triangle {
       }
     scale_rows(acc);
     if (!slow) return;
-    __syncwarp();
-#pragma unroll
-    for (int J = 0; J < NB; ++J)
-      if (J == warp) store_block(x, J);
+    if constexpr (Cfg::exact) {
+      __syncwarp();
+      store_own_block(x);
+    }
     __syncwarp();
 #pragma unroll
     for (int m0 = 0; m0 < MP; m0 += Cfg::SC) {
@@ -596,6 +617,11 @@ struct Triangle {
       const float2 p = *reinterpret_cast<const float2*>(u + t * 8), q = *reinterpret_cast<const float2*>(u + 8 * Cfg::ldu + t * 8);
       acc[t][0] *= p.x, acc[t][1] *= p.y, acc[t][2] *= q.x, acc[t][3] *= q.y;
     }
+  }
+  __device__ void store_own_block(const float (&x)[CT][4]) const {
+#pragma unroll
+    for (int J = 0; J < NB; ++J)
+      if (J == warp) store_block(x, J);
   }
   __device__ void store_block(const float (&x)[CT][4], int J) const {
     float* p = x_scratch + frag_row() * ldx + frag_col();

@@ -73,7 +73,7 @@ __global__ __launch_bounds__(gates_threads<Cfg>) void chunk_gates(const __grid_c
     E* y = static_cast<E*>(a.y) + (tile * C + b * 16) * MP + m;
     float* row = out + b * 16 * MP + m;
     if (b == 0) a.decay[tile * MP + m] = after * lambda[m];
-    out[T::lambda + e] = lambda[e];
+    out[T::lambda + e] = lambda[e], out[T::after + e] = after;
 #pragma unroll
     for (int j = 0; j < 16; ++j) u *= g[k][j], row[T::R + j * MP] = u;
 #pragma unroll

@@ -213,6 +213,14 @@ struct Packed {
   template <int THREADS>
   __device__ static void load_rows(float* tile, int ld, const float* src, int I) {
     src += block(I, 0) * 256;
+    if constexpr (THREADS % 64 == 0) {                    // a block of 16 x 16 for every 64 threads
+      const int e = threadIdx.x % 64, first = threadIdx.x / 64;
+      src += first * 256 + e * 4, tile += e / 4 * ld + first * 16 + e % 4 * 4;
+#pragma unroll
+      for (int J = 0; J < Cfg::NB; J += THREADS / 64)
+        if (J + first <= I) cp_async16(tile + J * 16, src + J * 256, true);
+      return;
+    }
     for (int e = threadIdx.x; e < (I + 1) * 64; e += THREADS) cp_async16(tile + e % 64 / 4 * ld + e / 64 * 16 + e % 4 * 4, src + e * 4, true);
   }
 };
