@@ -10,6 +10,9 @@
 #include "signatures.h"
 
 namespace gsa {
+
+bool tf32_allowed(const at::Tensor& q);  // ops.cpp: whether products of q and the like may be in TF32
+
 namespace {
 
 using at::Tensor;
@@ -72,11 +75,15 @@ void save(AutogradContext* ctx, const OptDouble& scale, bool reverse, const Tens
   ctx->set_materialize_grads(false);
 }
 
+// In TF32 boundary states are made for those who ask the op below for them; backward has no use for them (chunk_forward.cu).
+int64_t level_of(const Tensor& q, int64_t checkpoint_level) { return checkpoint_level >= 0 && checkpoint_level < 2 && tf32_allowed(q) ? 2 : checkpoint_level; }
+
 struct Chunk : torch::autograd::Function<Chunk> {
   static variable_list forward(AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const Tensor& g, OptDouble scale,
                                const OptTensor& hk0, const OptTensor& hv0, const OptTensor& cu, bool output_final_state, int64_t checkpoint_level) {
     const at::AutoDispatchBelowADInplaceOrView below;
     static auto op = find<ChunkSignature>("gsa::chunk");
+    checkpoint_level = level_of(q, checkpoint_level);
     auto [o, hk, hv, boundary] = op.call(q, k, v, s, g, scale, hk0, hv0, cu, output_final_state, checkpoint_level);
     save(ctx, scale, false, q, k, v, s, g, hk0, hv0, cu, checkpoint_level < 2 ? boundary : Tensor());
     if (output_final_state) ctx->mark_non_differentiable({boundary});
@@ -91,7 +98,7 @@ Four chunk(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s
   if (!any_requires_grad(q, k, v, s, g, hk0, hv0)) {
     const at::AutoDispatchBelowADInplaceOrView below;
     static auto op = find<ChunkSignature>("gsa::chunk");
-    return op.call(q, k, v, s, g, scale, hk0, hv0, cu, output_final_state, checkpoint_level);
+    return op.call(q, k, v, s, g, scale, hk0, hv0, cu, output_final_state, level_of(q, checkpoint_level));
   }
   auto r = Chunk::apply(q, k, v, s, g, scale, hk0, hv0, cu, output_final_state, checkpoint_level);
   return {r[0], r[1], r[2], r[3]};

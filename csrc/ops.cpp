@@ -12,6 +12,14 @@
 #include "params.h"
 
 namespace gsa {
+
+bool tf32_allowed(const Tensor& q);  // autograd.cpp asks, too
+
+bool tf32_allowed(const Tensor& q) {
+  if (!q.is_cuda() || q.scalar_type() != at::kFloat) return false;
+  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) == at::Float32Precision::TF32;
+}
+
 namespace {
 
 using Sym = c10::SymInt;
@@ -68,9 +76,7 @@ void* stream_of(const Tensor& x) {
 
 Math math_of(const Tensor& q, bool exact) {
   if (exact) return Math::exact;
-  if (!q.is_cuda() || q.scalar_type() != at::kFloat) return Math::native;
-  const bool tf32 = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) == at::Float32Precision::TF32;
-  return tf32 ? Math::tf32 : Math::native;
+  return tf32_allowed(q) ? Math::tf32 : Math::native;
 }
 
 // The inputs as kernels read them: kept alive here while the parameters point into them.

@@ -70,8 +70,8 @@ def chunk_gsa(
         initial_state: ``(Hk [N, H, K, M], Hv [N, H, M, V])``, in ABC ``(Hk, Hv, z [N, H, M])``; fp32 (fp64 for fp64 inputs); N = B or the
             number of packed sequences; N = 1 is the same start for all of them.
         output_final_state: return the states after the last token, ready to be handed on as ``initial_state``.
-        checkpoint_level: 0, 1 or 2. Levels 0 and 1 keep the chunk-boundary states for backward, level 2 (default) recomputes them. No bit
-            of any result depends on it.
+        checkpoint_level: 0, 1 or 2. Levels 0 and 1 keep the chunk-boundary states for backward, level 2 (default) recomputes them, as does every
+            level where fp32 inputs are multiplied in TF32. No bit of any result depends on it.
         cu_seqlens: ``[N + 1]`` int32 or int64, on q's device: B must be 1, and tokens ``cu_seqlens[n]:cu_seqlens[n+1]`` are sequence n. Never read back
             to the host; contents are checked when they are on the CPU, or anywhere after :func:`gsa_ext.set_checks`.
         cu_seqlens_cpu: accepted for compatibility; where given, its contents are checked.

@@ -60,6 +60,14 @@ def pytest_runtest_setup(item):
             pytest.skip(f"not emulated: {marker.args[0]}")
 
 
+@pytest.fixture
+def tf32():
+    """fp32 products on a GPU may be in TF32."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 @pytest.fixture(params=["emulated"] if EMULATED else ["cpu", "cuda"] if PRESENT or REQUIRED else ["cpu"])
 def device(request):
     """The CPU, and the GPU where there is one."""

@@ -108,6 +108,24 @@ def test_broadcast_state(device):
         check(chunk_gsa, make_inputs(3, 70, 2, 1, 32, 32, 16, dtype=dtype, initial_state="broadcast", device=device))
 
 
+TF32 = dict.fromkeys(("o", "hk", "hv", "dq", "dk", "dv", "ds", "dg", "dhk0", "dhv0"), 3e-3)
+TF32_INPUTS = [
+    {"B": 2, "T": 150, "HQ": 4, "H": 2, "K": 32, "V": 48, "M": 20, "initial_state": True},
+    {"lengths": [0, 1, 40, 0, 64, 17, 130, 0], "HQ": 2, "H": 1, "K": 16, "V": 32, "M": 16, "initial_state": "broadcast"},
+    {"T": 70, "HQ": 2, "H": 1, "K": 60, "V": 100, "M": 100, "gate": 1.0},
+    {"T": 70, "HQ": 2, "H": 1, "K": 100, "V": 64, "M": 256},
+    *({"T": 150, "HQ": 1, "K": 128, "V": 128, "M": 64, "gate": x, "initial_state": True} for x in ("zero", 8.0, 1.0, 0.1, "mixed", "-40", "-inf", "shut")),
+]
+
+
+@pytest.mark.parametrize("options", TF32_INPUTS, ids=str)
+@pytest.mark.parametrize("mode", ["coupled", "given"])
+def test_tf32(mode, options, tf32, device, request):
+    """On a GPU products of fp32 inputs are in TF32 where that is allowed; elsewhere nothing changes."""
+    x = make_inputs(**options, mode=mode, device=device)
+    check(chunk_gsa, x, allowed=None if request.node.callspec.params["device"] == "cpu" else TF32)
+
+
 @pytest.mark.parametrize("tau", testing.PEER)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_figures_of_the_best_published_kernels(dtype, tau, device):

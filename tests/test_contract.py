@@ -450,8 +450,11 @@ def test_abc_large_logits(op, device):
 
 
 @modes
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_checkpoint_level_changes_no_bit(dtype, mode, device):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "tf32"])
+def test_checkpoint_level_changes_no_bit(dtype, mode, device, request):
+    if dtype == "tf32":
+        request.getfixturevalue("tf32")
+        dtype = torch.float32
     for options in ({"B": 2, "T": 150}, {"lengths": [3, 0, 130, 64]}):
         x = make_inputs(**options, HQ=4, H=2, K=32, V=48, M=16, mode=mode, dtype=dtype, initial_state=True, device=device)
         want, *others = (testing.results(functools.partial(chunk_gsa, checkpoint_level=level), x) for level in (2, 1, 0))

@@ -73,11 +73,17 @@ template <class Cfg>
 __global__ __launch_bounds__(Cfg::threads, Cfg::blocks_per_sm) void backward_queries(const __grid_constant__ BackwardParams p,
                                                                                      const __grid_constant__ Saved saved) {
   using E = typename Cfg::E;
-  using A = Arith<E>;
+  using A = typename Cfg::A;
   constexpr int C = Cfg::C, MP = Cfg::MP, MT = Cfg::MT, CT = Cfg::CT, DS = Cfg::DS, DT = Cfg::DT, NB = Cfg::NB, ldm = Cfg::ldm, ldd = Cfg::ldd;
   const int64_t q_head = blockIdx.x % p.HQ, head = q_head / (p.HQ / p.H);
-  Chunk c;
-  if (!find_chunk(p, blockIdx.x / p.HQ, C, c)) return;
+  __shared__ Chunk shared_chunk;                           // its 20 registers would be spilled
+  {
+    Chunk found;
+    if (!find_chunk(p, blockIdx.x / p.HQ, C, found)) return;
+    if (threadIdx.x == 0) shared_chunk = found;
+  }
+  __syncthreads();
+  const Chunk& c = shared_chunk;
   const int warp = threadIdx.x / 32;
 
   extern __shared__ __align__(16) char shared[];
@@ -114,7 +120,7 @@ __global__ __launch_bounds__(Cfg::threads, Cfg::blocks_per_sm) void backward_que
 #pragma unroll 1
     for (int d = 0; d < D; d += DS) {
       const auto s = ring.next(3, pass_of);
-      typename A::template Op<DS> op;
+      typename A::template TileOp<DS> op;
       A::template from_tile<DS>(op, s.x + warp * 16 * ldd, ldd);
 #pragma unroll
       for (int J = 0; J < NB; ++J)
@@ -162,7 +168,7 @@ __global__ __launch_bounds__(Cfg::threads, Cfg::blocks_per_sm) void backward_que
     for (int t = 0; t < MT; ++t)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const float w = exp_of<Cfg::fp32>(logit(t, e) - top);
+        const float w = exp_of<Cfg::exact>(logit(t, e) - top);
         sum += w;
         dot += w * fmaf(b1[h], s[t][e], dp[t][2 * h + e]);
       }
@@ -175,7 +181,7 @@ __global__ __launch_bounds__(Cfg::threads, Cfg::blocks_per_sm) void backward_que
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float &o1_off = o1[t][2 * h + e], &dp_off = dp[t][2 * h + e];
-        const float prob = exp_of<Cfg::fp32>(logit(t, e) - top) * inv;
+        const float prob = exp_of<Cfg::exact>(logit(t, e) - top) * inv;
         const float grad = prob * (fmaf(b1[h], s[t][e], dp_off) - dot);
         e_row[e] = o1_off * grad + prob * dp_off;
         o1_off = prob;
@@ -267,7 +273,7 @@ __device__ inline void store4(const View& to, int64_t at, const float (&x)[4], i
 template <class Cfg>
 struct KeysShared {
   using E = typename Cfg::E;
-  static constexpr int DS = Cfg::fp32 ? Cfg::DS : 32, ldd = DS + Cfg::pad;
+  static constexpr int DS = Cfg::exact ? Cfg::DS : Cfg::fp32 && Cfg::small ? 16 : 32, ldd = DS + Cfg::pad;
   static constexpr int ldt = Cfg::C + Cfg::pad;                       // of dA1, A2
   static constexpr int ldr = Cfg::C + 8;                              // rows of A1, B
   static constexpr int ldz = Cfg::MP + 4;                             // of the scratch of a slow block
@@ -275,14 +281,14 @@ struct KeysShared {
   static constexpr int edge = Cfg::MP > 2 * threads ? Cfg::MP : 2 * threads;
   static constexpr int64_t slices =
       2 * arena(Cfg::C * ldd, sizeof(E)) + arena(DS * Cfg::lds, 4) + arena(DS * Cfg::ldm, sizeof(E)) + (Cfg::fp32 ? 1 : 2) * arena(Cfg::C * ldt, sizeof(E));
-  static constexpr bool needs_products = !(Cfg::fp32 && Cfg::NB == 1);   // else every product is one of the exact in-block ones
+  static constexpr bool needs_products = !(Cfg::exact && Cfg::NB == 1);   // else every product is one of the exact in-block ones
   static constexpr int64_t stage = 2 * arena(16 * ldr, 4) + (needs_products ? 2 * arena(16 * Cfg::lds, 4) : 0);
   static constexpr int stages = Cfg::small ? 1 : 2;
   static constexpr int64_t rows = stages * stage + arena(16 * ldz, 4);
   static constexpr int64_t tiles = (Cfg::small ? 1 : 2) * arena(Cfg::C * Cfg::ldu, 4);
   static constexpr int64_t region = slices > rows ? (slices > tiles ? slices : tiles) : (rows > tiles ? rows : tiles);
-  static constexpr int64_t bytes = Gates<Cfg>::bytes + arena(edge, 4) + region;
-  static_assert(bytes <= (Cfg::small || Cfg::fp32 ? 99 : 113) * 1024);
+  static constexpr int64_t bytes = Gates<Cfg>::bytes + arena(Cfg::NB * Cfg::MP, 4) + arena(edge, 4) + region;
+  static_assert(bytes <= (Cfg::small || Cfg::exact ? 99 : 113) * 1024);
 };
 
 // Slow blocks only, so not inlined. W[j][m] = a_{j+1} ... a_15, the decay from row j to the end of the block,
@@ -323,7 +329,7 @@ template <class Cfg>
 __global__ __launch_bounds__(KeysShared<Cfg>::threads, Cfg::blocks_per_sm) void backward_keys(const __grid_constant__ BackwardParams p,
                                                                                               const __grid_constant__ Saved saved) {
   using E = typename Cfg::E;
-  using A = Arith<E>;
+  using A = typename Cfg::A;
   using X = typename Cfg::X;
   using Shared = KeysShared<Cfg>;
   constexpr int C = Cfg::C, MP = Cfg::MP, MT = Cfg::MT / Cfg::keys_split, DS = Shared::DS, DT = DS / 8 / Cfg::keys_split, NB = Cfg::NB, ldd = Shared::ldd,
@@ -340,6 +346,7 @@ __global__ __launch_bounds__(KeysShared<Cfg>::threads, Cfg::blocks_per_sm) void 
   Arena mem{shared};
   Gates<Cfg> gates(mem, p, c, head, saved.gate_tiles);
   float* end_s = gates.R;                                   // s_j exp(G_end - G_j), in R's place while the slices stream by
+  float* after_s = mem.take<float>(NB * MP);                // the decay from the end of each block to the chunk's
   float* edge = mem.take<float>(Shared::edge);              // sum over K of Hk dHk_end and over V of Hv dHv_end, Hk and Hv before the chunk
   char* region = mem.p;
   Arena slices{region};
@@ -389,6 +396,7 @@ __global__ __launch_bounds__(KeysShared<Cfg>::threads, Cfg::blocks_per_sm) void 
   };
 
   gates.template load<threads>();
+  load_matrix<threads, MP>(after_s, MP, gates.tile + GateTile<Cfg>::after, NB);
   gates.template load_S<threads>(end_s, ldu);
   cp_async_commit();
   send_state();
@@ -405,12 +413,8 @@ __global__ __launch_bounds__(KeysShared<Cfg>::threads, Cfg::blocks_per_sm) void 
 #pragma unroll 4
   for (int x = threadIdx.x * 4; x < C * MP; x += threads * 4) {   // S becomes s exp(G_end - G_j)
     const int j = x / MP, m = x % MP;
-    float4 v = *reinterpret_cast<const float4*>(end_s + j * ldu + m);
-    for (int b = NB - 1; b > j / 16; --b) {
-      const float4 l = *reinterpret_cast<const float4*>(gates.lambda + b * MP + m);
-      v.x *= l.x, v.y *= l.y, v.z *= l.z, v.w *= l.w;
-    }
-    *reinterpret_cast<float4*>(end_s + j * ldu + m) = make_float4(operand(v.x), operand(v.y), operand(v.z), operand(v.w));
+    const float4 v = *reinterpret_cast<const float4*>(end_s + j * ldu + m), l = *reinterpret_cast<const float4*>(after_s + j / 16 * MP + m);
+    *reinterpret_cast<float4*>(end_s + j * ldu + m) = make_float4(operand(v.x * l.x), operand(v.y * l.y), operand(v.z * l.z), operand(v.w * l.w));
   }
 
 #pragma unroll 1
@@ -438,7 +442,7 @@ __global__ __launch_bounds__(KeysShared<Cfg>::threads, Cfg::blocks_per_sm) void 
         X::template from_tile<MP>(op, end_s + warp * 16 * ldu, ldu);
         X::template mma_nt<DT, MP>(acc, op, h_s + d0 * lds, lds);
         typename X::template Op<DS> xo;
-        X::template from_tile<DS>(xo, x_s + warp * 16 * ldd, ldd);
+        X::template from_input<DS>(xo, x_s + warp * 16 * ldd, ldd);
         X::template mma_nn<MT, DS>(ds, xo, h_s + m0, lds);
       }
 #pragma unroll 1
@@ -569,17 +573,42 @@ __global__ __launch_bounds__(KeysShared<Cfg>::threads, Cfg::blocks_per_sm) void 
     }
     if (earlier && !gates.slow[b]) decay(b);
   }
+
+  // From here on element by element, four slots to a thread, tiles in shared memory: the rest of ds (from after the chunk, decayed to its row; the
+  // diagonal); for dg, e - s ds, in R's place, and s times the ds from after the chunk. What comes from memory is sent for before what is done meanwhile.
+  const GateReader& reader = gates.reader;
+  const bool coupled = !reader.s.ptr;
+  const Rows& writes = reader.s;
+  const float* diagonals = saved.diagonals + first_item * 2 * C;
+  constexpr int elements = C * MP / (threads * 4), batch = elements % 4 == 0 ? 4 : elements % 2 == 0 ? 2 : 1;  // four slots each; loads of a batch go together
+  float4 e_in[batch], p_in[batch], d_in[batch];
+  float a1[batch], b1[batch];
+  Four s_in[batch];
+  int x0 = threadIdx.x * 4, hq = 0;  // of the batch and query head that are on their way
+  auto fetch = [&] {
+#pragma unroll
+    for (int k = 0; k < batch; ++k) {
+      const int x = x0 + k * threads * 4, j = x / MP, m = x % MP;
+      const int64_t at = (first_item + hq) * C * MP + x;
+      e_in[k] = *reinterpret_cast<const float4*>(saved.e + at);
+      p_in[k] = *reinterpret_cast<const float4*>(saved.p + at);
+      d_in[k] = *reinterpret_cast<const float4*>(saved.do1 + at);
+      a1[k] = diagonals[hq * 2 * C + j], b1[k] = diagonals[(hq * 2 + 1) * C + j];
+      if (hq == 0) {
+        if (coupled) s_in[k].load(reader.g, j, m, j < c.length ? p.M - m : 0);
+        else s_in[k].load(writes, j, m, j < c.length ? p.M - m : 0);
+      }
+    }
+  };
+  fetch();
   if (!slow) {
 #pragma unroll
     for (int t = 0; t < MT; ++t)
 #pragma unroll
       for (int e = 0; e < 4; ++e) ds[t][e] = __fdividef(ds[t][e], gates.R[(warp * 16 + frag_row() + 8 * (e >> 1)) * ldu + m0 + t * 8 + frag_col() + (e & 1)]);
   }
-
-  // From here on element by element, four slots to a thread, tiles in shared memory: the rest of ds (from after the chunk, decayed to its row; the
-  // diagonal); for dg, e - s ds, in R's place, and s times the ds from after the chunk.
   __syncthreads();
-  float *ds_s = reinterpret_cast<float*>(region), *after_s = Cfg::small ? inter : ds_s + C * ldu, *sum_s = gates.R;
+  float *ds_s = reinterpret_cast<float*>(region), *late_s = Cfg::small ? inter : ds_s + C * ldu, *sum_s = gates.R;
   constexpr int lda = Cfg::small ? MP : ldu;
 #pragma unroll
   for (int t = 0; t < MT; ++t)
@@ -587,65 +616,56 @@ __global__ __launch_bounds__(KeysShared<Cfg>::threads, Cfg::blocks_per_sm) void 
     for (int e = 0; e < 4; e += 2)
       *reinterpret_cast<float2*>(ds_s + (warp * 16 + frag_row() + 4 * e) * ldu + m0 + t * 8 + frag_col()) = make_float2(ds[t][e], ds[t][e + 1]);
   __syncthreads();
-  const GateReader& reader = gates.reader;
-  const bool coupled = !reader.s.ptr;
-  const float* diagonals = saved.diagonals + first_item * 2 * C;
-  constexpr int elements = C * MP / (threads * 4), batch = elements % 4 == 0 ? 4 : elements % 2 == 0 ? 2 : 1;  // four slots each; loads of a batch go together
+  float4 rest[batch], row[batch];
+  float s[batch][4];
 #pragma unroll 1
-  for (int x0 = threadIdx.x * 4; x0 < C * MP; x0 += threads * 4 * batch) {
-    float4 rest[batch], row[batch];
-    float s[batch][4];
+  while (x0 < C * MP) {
+    const int now = x0;
+    if (hq == 0) {
 #pragma unroll
-    for (int k = 0; k < batch; ++k) {
-      const int x = x0 + k * threads * 4, j = x / MP, m = x % MP;
-      rest[k] = *reinterpret_cast<const float4*>(inter + x);
-      row[k] = make_float4(0.f, 0.f, 0.f, 0.f);
-      load4(s[k], coupled ? reader.g : reader.s, j, m, j < c.length ? p.M - m : 0);
-    }
-#pragma unroll
-    for (int k = 0; k < batch; ++k) {
-      const int x = x0 + k * threads * 4, j = x / MP, m = x % MP;
-      float4 l = make_float4(1.f, 1.f, 1.f, 1.f);
-      for (int b = NB - 1; b > j / 16; --b) {
-        const float4 f = *reinterpret_cast<const float4*>(gates.lambda + b * MP + m);
-        l.x *= f.x, l.y *= f.y, l.z *= f.z, l.w *= f.w;
-      }
-      float4& sums = *reinterpret_cast<float4*>(sum_s + j * ldu + m);
-      if (!gates.slow[j / 16]) l.x = __fdividef(l.x, sums.x), l.y = __fdividef(l.y, sums.y), l.z = __fdividef(l.z, sums.z), l.w = __fdividef(l.w, sums.w);
-      rest[k].x *= l.x, rest[k].y *= l.y, rest[k].z *= l.z, rest[k].w *= l.w;
-      if (coupled)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) s[k][i] = coupled_write(s[k][i]);
-      *reinterpret_cast<float4*>(after_s + j * lda + m) = make_float4(s[k][0] * rest[k].x, s[k][1] * rest[k].y, s[k][2] * rest[k].z, s[k][3] * rest[k].w);
-    }
-#pragma unroll 1
-    for (int hq = 0; hq < r; ++hq) {
-      float4 e[batch], u[batch], w[batch];
-      float a1[batch], b1[batch];
+      for (int k = 0; k < batch; ++k) rest[k] = *reinterpret_cast<const float4*>(inter + now + k * threads * 4);
 #pragma unroll
       for (int k = 0; k < batch; ++k) {
-        const int x = x0 + k * threads * 4, j = x / MP;
-        const int64_t at = (first_item + hq) * C * MP + x;
-        e[k] = *reinterpret_cast<const float4*>(saved.e + at);
-        u[k] = *reinterpret_cast<const float4*>(saved.p + at);
-        w[k] = *reinterpret_cast<const float4*>(saved.do1 + at);
-        a1[k] = diagonals[hq * 2 * C + j], b1[k] = diagonals[(hq * 2 + 1) * C + j];
-      }
+        const int x = now + k * threads * 4, j = x / MP, m = x % MP;
+        row[k] = make_float4(0.f, 0.f, 0.f, 0.f);
+        s_in[k].get(coupled ? reader.g.dtype : writes.dtype, s[k]);
+        float4 l = *reinterpret_cast<const float4*>(after_s + j / 16 * MP + m);
+        const float4 sums = *reinterpret_cast<const float4*>(sum_s + j * ldu + m);
+        if (!gates.slow[j / 16]) l.x = __fdividef(l.x, sums.x), l.y = __fdividef(l.y, sums.y), l.z = __fdividef(l.z, sums.z), l.w = __fdividef(l.w, sums.w);
+        rest[k].x *= l.x, rest[k].y *= l.y, rest[k].z *= l.z, rest[k].w *= l.w;
+        if (coupled)
 #pragma unroll
-      for (int k = 0; k < batch; ++k) {
-        row[k].x += e[k].x, row[k].y += e[k].y, row[k].z += e[k].z, row[k].w += e[k].w;
-        rest[k].x += b1[k] * u[k].x + a1[k] * w[k].x, rest[k].y += b1[k] * u[k].y + a1[k] * w[k].y;
-        rest[k].z += b1[k] * u[k].z + a1[k] * w[k].z, rest[k].w += b1[k] * u[k].w + a1[k] * w[k].w;
+          for (int i = 0; i < 4; ++i) s[k][i] = coupled_write(s[k][i]);
+        *reinterpret_cast<float4*>(late_s + j * lda + m) = make_float4(s[k][0] * rest[k].x, s[k][1] * rest[k].y, s[k][2] * rest[k].z, s[k][3] * rest[k].w);
       }
     }
 #pragma unroll
     for (int k = 0; k < batch; ++k) {
-      const int x = x0 + k * threads * 4, j = x / MP, m = x % MP;
-      float4 &grad = *reinterpret_cast<float4*>(ds_s + j * ldu + m), &sums = *reinterpret_cast<float4*>(sum_s + j * ldu + m);
-      sums = make_float4(row[k].x - s[k][0] * grad.x, row[k].y - s[k][1] * grad.y, row[k].z - s[k][2] * grad.z, row[k].w - s[k][3] * grad.w);
-      grad.x += rest[k].x, grad.y += rest[k].y, grad.z += rest[k].z, grad.w += rest[k].w;
+      row[k].x += e_in[k].x, row[k].y += e_in[k].y, row[k].z += e_in[k].z, row[k].w += e_in[k].w;
+      rest[k].x += b1[k] * p_in[k].x + a1[k] * d_in[k].x, rest[k].y += b1[k] * p_in[k].y + a1[k] * d_in[k].y;
+      rest[k].z += b1[k] * p_in[k].z + a1[k] * d_in[k].z, rest[k].w += b1[k] * p_in[k].w + a1[k] * d_in[k].w;
+    }
+    if (++hq == r) hq = 0, x0 += threads * 4 * batch;
+    if (x0 < C * MP) fetch();
+    if (hq == 0) {
+#pragma unroll
+      for (int k = 0; k < batch; ++k) {
+        const int x = now + k * threads * 4, j = x / MP, m = x % MP;
+        float4 &grad = *reinterpret_cast<float4*>(ds_s + j * ldu + m), &sums = *reinterpret_cast<float4*>(sum_s + j * ldu + m);
+        sums = make_float4(row[k].x - s[k][0] * grad.x, row[k].y - s[k][1] * grad.y, row[k].z - s[k][2] * grad.z, row[k].w - s[k][3] * grad.w);
+        grad.x += rest[k].x, grad.y += rest[k].y, grad.z += rest[k].z, grad.w += rest[k].w;
+      }
     }
   }
+  Four g_in[batch];
+  auto fetch_gates = [&](int x0) {
+#pragma unroll
+    for (int k = 0; k < batch; ++k) {
+      const int x = x0 + k * threads * 4, j = x / MP, m = x % MP;
+      g_in[k].load(reader.g, j, m, j < c.length ? p.M - m : 0);
+    }
+  };
+  fetch_gates(threadIdx.x * 4);
   __syncthreads();
   for (int x = threadIdx.x; x < 2 * MP; x += threads) {
     if (x < MP) {  // summed from the last row back
@@ -656,47 +676,58 @@ __global__ __launch_bounds__(KeysShared<Cfg>::threads, Cfg::blocks_per_sm) void 
       const int m = x - MP;
       float sum = 0.f;
       for (int i = 0; i < parts; ++i) sum += edge[i * MP + m];
-      for (int b = 0; b < NB; ++b) sum *= gates.lambda[b * MP + m];
+      sum *= gates.lambda[m] * after_s[m];
 #pragma unroll 16
       for (int j = 0; j < C; ++j) {
-        const float term = after_s[j * lda + m];
-        after_s[j * lda + m] = sum, sum += term;
+        const float term = late_s[j * lda + m];
+        late_s[j * lda + m] = sum, sum += term;
       }
     }
   }
   __syncthreads();
   const Rows ds_rows = rows_of(p.ds, c, head), dg_rows = rows_of(p.dg, c, head);
-#pragma unroll 2
-  for (int x = threadIdx.x * 4; x < C * MP; x += threads * 4) {
-    const int j = x / MP, m = x % MP, n = j < c.length ? p.M - m : 0;
-    float a[4], sum[4];
-    load4(a, reader.g, j, m, n);
-    const float4 before = *reinterpret_cast<const float4*>(sum_s + j * ldu + m), after = *reinterpret_cast<const float4*>(after_s + j * lda + m);
-    const float4 v = *reinterpret_cast<const float4*>(ds_s + j * ldu + m);
-    const float grad[4] = {v.x, v.y, v.z, v.w}, total[4] = {before.x + after.x, before.y + after.y, before.z + after.z, before.w + after.w};
+#pragma unroll 1
+  for (int x0 = threadIdx.x * 4; x0 < C * MP; x0 += threads * 4 * batch) {
+    float a[batch][4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      a[i] = GateReader::decay(a[i]);
-      sum[i] = a[i] == 0.f ? 0.f : total[i];  // a reset forgets whatever the gate would have changed
-      if (coupled) sum[i] -= a[i] * grad[i];  // s = 1 - exp(g)
+    for (int k = 0; k < batch; ++k) g_in[k].get(reader.g.dtype, a[k]);
+    if (x0 + threads * 4 * batch < C * MP) fetch_gates(x0 + threads * 4 * batch);
+#pragma unroll
+    for (int k = 0; k < batch; ++k) {
+      const int x = x0 + k * threads * 4, j = x / MP, m = x % MP, n = j < c.length ? p.M - m : 0;
+      const float4 before = *reinterpret_cast<const float4*>(sum_s + j * ldu + m), late = *reinterpret_cast<const float4*>(late_s + j * lda + m);
+      const float4 v = *reinterpret_cast<const float4*>(ds_s + j * ldu + m);
+      const float grad[4] = {v.x, v.y, v.z, v.w};
+      float sum[4] = {before.x + late.x, before.y + late.y, before.z + late.z, before.w + late.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[i] = GateReader::forgets(a[k][i]) ? 0.f : sum[i];  // a reset forgets whatever the gate would have changed
+      if (coupled) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[i] -= GateReader::decay(a[k][i]) * grad[i];  // s = 1 - exp(g)
+      } else {
+        store4(p.ds, ds_rows.at(j) + m, grad, n);
+      }
+      store4(p.dg, dg_rows.at(j) + m, sum, n);
     }
-    if (!coupled) store4(p.ds, ds_rows.at(j) + m, grad, n);
-    store4(p.dg, dg_rows.at(j) + m, sum, n);
   }
 }
 
 }  // namespace
 
-int64_t backward_workspace(const Params& p) {
-  if (hopper_takes(p)) return hopper_backward_workspace(p);
+int64_t backward_workspace(const Params& given) {
+  if (hopper_takes(given)) return hopper_backward_workspace(given);
+  Params p = given;
+  if (p.math == Math::tf32) p.boundary = nullptr;
   int64_t bytes = 0;
   select_config(p, [&]<class Cfg>() { bytes = plan<Cfg>(p, nullptr).bytes; });
   return bytes;
 }
 
-void chunk_backward(const BackwardParams& p) {
+void chunk_backward(const BackwardParams& given) {
   require_device();
-  if (hopper_takes(p)) return hopper_backward(p);
+  if (hopper_takes(given)) return hopper_backward(given);
+  BackwardParams p = given;
+  if (p.math == Math::tf32) p.boundary = nullptr;
   select_config(p, [&]<class Cfg>() {
     Saved saved = plan<Cfg>(p, static_cast<char*>(p.workspace));
     const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, Cfg::C);

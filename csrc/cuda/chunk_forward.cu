@@ -21,7 +21,7 @@ template <class Cfg>
 __global__ __launch_bounds__(Cfg::threads, Cfg::blocks_per_sm) void chunk_output(const __grid_constant__ ForwardParams p, const void* boundary,
                                                                                  const float* gate_tiles) {
   using E = typename Cfg::E;
-  using A = Arith<E>;
+  using A = typename Cfg::A;
   constexpr int C = Cfg::C, MP = Cfg::MP, MT = Cfg::MT, CT = Cfg::CT, DS = Cfg::DS, DT = Cfg::DT, NB = Cfg::NB, ldm = Cfg::ldm, ldd = Cfg::ldd;
   const int64_t q_head = blockIdx.x % p.HQ, head = q_head / (p.HQ / p.H);
   Chunk c;
@@ -54,7 +54,7 @@ __global__ __launch_bounds__(Cfg::threads, Cfg::blocks_per_sm) void chunk_output
 #pragma unroll 1
   for (int d = 0; d < p.K; d += DS) {
     const auto s = ring.next(2, pass_of);
-    typename A::template Op<DS> q;
+    typename A::template TileOp<DS> q;
     A::template from_tile<DS>(q, s.x + warp * 16 * ldd, ldd);
 #pragma unroll
     for (int J = 0; J < NB; ++J)
@@ -199,7 +199,21 @@ void forward_for_hopper(const ForwardParams& p) {
 
 }  // namespace
 
-int64_t forward_workspace(const Params& p) { return hopper_takes(p) ? Beside::floats(p) * 4 + HopperPlan(p).bytes : states_workspace(p); }
+// Boundary states that are kept have the distance that they have in exact arithmetic (chunk_length), whatever may be allowed: shapes do not depend on it. Chunks are
+// longer in TF32, where they are made for those who want to have them, and not read.
+Params exactly(Params p) {
+  p.math = Math::native;
+  return p;
+}
+Params without_boundary(Params p) {
+  p.boundary = nullptr;
+  return p;
+}
+
+int64_t forward_workspace(const Params& p) {
+  if (p.math == Math::tf32 && p.boundary) return std::max(states_workspace(without_boundary(p)), states_workspace(exactly(p)));
+  return hopper_takes(p) ? Beside::floats(p) * 4 + HopperPlan(p).bytes : states_workspace(p);
+}
 
 void chunk_forward(const ForwardParams& p) {
   require_device();
@@ -212,6 +226,12 @@ void chunk_forward(const ForwardParams& p) {
     states_from_pool(p, own.hk, own.hv);
     forward_for_hopper(x);
     return states_to_pool(p, own.hkT, own.hvT);
+  }
+  if (p.math == Math::tf32 && p.boundary) {
+    forward_states(exactly(p), nullptr, nullptr, true);
+    ForwardParams x = p;
+    x.boundary = nullptr;
+    return chunk_forward(x);
   }
   const States s = forward_states(p, p.hkT, p.hvT, true);
   select_config(p, [&]<class Cfg>() {

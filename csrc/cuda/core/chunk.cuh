@@ -16,26 +16,27 @@
 namespace gsa::cuda {
 
 // E: type of the tiles of inputs and states. Products with decays (S, p U) have fp32 tiles, in TF32 on the tensor cores when E has 16 bits: at 8 bits
-// their rounding alone would put o, dq, dv and dg above the accuracy that the op promises.
+// their rounding alone would put o, dq, dv and dg above the accuracy that the op promises. fp32 tiles are multiplied in TF32 where `tf32`, else exactly.
 // MP: slots, padded. C: tokens per chunk. DS: columns of K or V in shared memory at a time.
-template <class E_, int MP_, int C_, int DS_>
+template <class E_, int MP_, int C_, int DS_, bool tf32 = false>
 struct Config {
   using E = E_;
-  using X = std::conditional_t<sizeof(E_) == 4, Arith<float>, Tf32>;
+  using A = std::conditional_t<tf32, Tf32Inputs, Arith<E>>;
   static constexpr int MP = MP_, C = C_, DS = DS_;
-  static constexpr bool fp32 = sizeof(E) == 4;
+  static constexpr bool fp32 = sizeof(E) == 4, exact = fp32 && !tf32;
+  using X = std::conditional_t<exact, Arith<float>, Tf32>;
   static constexpr int NB = C / 16;                       // row blocks = warps of the chunk kernels
   static constexpr int threads = NB * 32;
   static constexpr int MT = MP / 8, CT = C / 8, DT = DS / 8;
-  static constexpr int pad = Arith<E>::pad;
-  static constexpr int ldm = MP + pad, ldd = DS + pad;              // row strides of [..][MP], [..][DS] tiles of E
+  static constexpr int pad = A::pad;
+  static constexpr int ldm = MP + A::state_pad, ldd = DS + pad;     // row strides of [..][MP], [..][DS] tiles of E
   static constexpr int ldu = MP + 8;                      // of fp32 [..][MP] tiles read as accumulators
   static constexpr int lds = MP + 4, ldx = C + 4;         // of fp32 [..][MP], [..][C] tiles that X reads
-  static constexpr int keys_split = fp32 || MP == 64 ? 1 : 2;   // warps of backward_keys that share 16 rows, each with its part of the columns
-  static constexpr int SC = fp32 ? MP : DS == 16 ? 16 : 32; // slots that a slow block's scratch holds at a time
-  static constexpr bool small = !fp32 && DS == 16;        // shared memory below 99 KB at any price
-  static constexpr int blocks_per_sm = fp32 ? 1 : MP == 64 ? 3 : MP == 128 ? 2 : 1;   // of the chunk kernels, that registers must allow
-  static constexpr float smallest = fp32 ? 2.f : 1e-26f;  // fp32: every block is "slow", that is exact
+  static constexpr int keys_split = exact || MP == 64 ? 1 : 2;  // warps of backward_keys that share 16 rows, each with its part of the columns
+  static constexpr bool small = !exact && DS * sizeof(E) == 32; // shared memory below 99 KB at any price
+  static constexpr int SC = exact ? MP : small ? 16 : 32;       // slots that a slow block's scratch holds at a time
+  static constexpr int blocks_per_sm = exact ? 1 : MP == 64 ? 3 : MP == 128 ? 2 : 1;  // of the chunk kernels, that registers must allow
+  static constexpr float smallest = exact ? 2.f : 1e-26f;       // exact: every block is "slow"
 };
 
 template <class Cfg>
@@ -303,24 +304,39 @@ __device__ inline void gather(float (&x)[N], const void* ptr, DType t, int64_t f
   g.load(ptr, t, first, step, n);
   g.get(t, x);
 }
-// Four neighbouring elements of row i from column m on, those below n (0 beyond).
-__device__ inline void load4(float (&x)[4], const Rows& src, int i, int m, int n) {
-  const int64_t at = src.at(i) + m;
-  const int size = src.dtype == DType::f32 ? 4 : 2;
-  const char* p = static_cast<const char*>(src.ptr) + at * size;
-  if (n >= 4 && (reinterpret_cast<uintptr_t>(p) & (4 * size - 1)) == 0) {
-    if (size == 4) {
-      const float4 v = *reinterpret_cast<const float4*>(p);
-      x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+// Four neighbouring elements of row i from column m on, those below n (0 beyond): on their way to registers, and later as floats.
+struct Four {
+  uint32_t raw[4];                                        // of 16 bits two in each, in the first two
+  __device__ void load(const Rows& src, int i, int m, int n) {
+    const int64_t at = src.at(i) + m;
+    const int size = src.dtype == DType::f32 ? 4 : 2;
+    const char* p = static_cast<const char*>(src.ptr) + at * size;
+    if (n >= 4 && (reinterpret_cast<uintptr_t>(p) & (4 * size - 1)) == 0) {
+      if (size == 4) {
+        const uint4 v = *reinterpret_cast<const uint4*>(p);
+        raw[0] = v.x, raw[1] = v.y, raw[2] = v.z, raw[3] = v.w;
+      } else {
+        const uint2 v = *reinterpret_cast<const uint2*>(p);
+        raw[0] = v.x, raw[1] = v.y;
+      }
     } else {
-      const uint2 v = *reinterpret_cast<const uint2*>(p);
-      Gather<4> g{{v.x & 0xffffu, v.x >> 16, v.y & 0xffffu, v.y >> 16}};
-      g.get(src.dtype, x);
+      Gather<4> g;
+      g.load(src.ptr, src.dtype, at, 1, n);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) raw[k] = g.raw[k];
+      if (size == 2) raw[0] |= raw[1] << 16, raw[1] = raw[2] | raw[3] << 16;
     }
-  } else {
-    gather(x, src.ptr, src.dtype, at, 1, n);
   }
-}
+  __device__ void get(DType t, float (&x)[4]) const {
+    if (t == DType::f32) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) x[k] = __uint_as_float(raw[k]);
+    } else {
+      const float2 a = t == DType::bf16 ? unpack<bf16>(raw[0]) : unpack<half>(raw[0]), b = t == DType::bf16 ? unpack<bf16>(raw[1]) : unpack<half>(raw[1]);
+      x[0] = a.x, x[1] = a.y, x[2] = b.x, x[3] = b.y;
+    }
+  }
+};
 __device__ inline float fast_exp2(float x) {
   float r;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
@@ -349,6 +365,7 @@ struct GateReader {
   int length, M;
   __device__ GateReader(const Params& p, const Chunk& c, int64_t head) : s(rows_of(p.s, c, head)), g(rows_of(p.g, c, head)), length(c.length), M(p.M) {}
   __device__ static float decay(float g) { return exp_to_the_last_digit(g); }
+  __device__ static bool forgets(float g) { return g < -87.f; }   // decay(g) is 0
 
   __device__ float gate(int i, int m) const { return i < length && m < M ? decay(load_as_float(g.ptr, g.at(i) + m, g.dtype)) : 1.f; }
   __device__ float write(int i, int m) const {
@@ -402,12 +419,14 @@ __device__ inline void row_writes(const GateReader& reader, int i, float (&w)[MT
 }
 
 // What the products of a chunk need of its gates, made once per key/value head by chunk_gates (core/scan.cuh): a tile of floats in the workspace.
-//   R [C][MP]: the scale of its rows (fast block: 1 / W_i, slow block: U_i);  S [C][MP] = s_j W_j;  lambda [NB][MP];  slow [NB];
-//   in fp32, where every block is slow, also the a and s of every token.
+//   R [C][MP]: the scale of its rows (fast block: 1 / W_i, slow block: U_i);  S [C][MP] = s_j W_j;  lambda [NB][MP];  after [NB][MP]: the product of the later
+//   lambda;  slow [NB];
+//   in exact arithmetic, where every block is slow, also the a and s of every token.
 template <class Cfg>
 struct GateTile {
-  static constexpr int64_t R = 0, S = Cfg::C * Cfg::MP, lambda = 2 * S, slow = lambda + Cfg::NB * Cfg::MP, a = slow + 4, s = a + S;
-  static constexpr int64_t floats = Cfg::fp32 ? s + S : a;
+  static constexpr int64_t R = 0, S = Cfg::C * Cfg::MP, lambda = 2 * S, after = lambda + Cfg::NB * Cfg::MP, slow = after + Cfg::NB * Cfg::MP, a = slow + 4,
+                           s = a + S;
+  static constexpr int64_t floats = Cfg::exact ? s + S : a;
   static_assert(Cfg::NB <= 4);
 };
 
@@ -418,19 +437,19 @@ struct Gates {
   float* R;                                               // [C][ldu]
   float* lambda;
   int* slow;
-  float *a, *s;                                           // [C][MP], fp32 only
+  float *a, *s;                                           // [C][MP], exact arithmetic only
   const float* tile;
   GateReader reader;
 
-  static constexpr int64_t bytes = arena(C * ldu, 4) + arena(NB * MP, 4) + arena(4, 4) + (Cfg::fp32 ? 2 * arena(C * MP, 4) : 0);
+  static constexpr int64_t bytes = arena(C * ldu, 4) + arena(NB * MP, 4) + arena(4, 4) + (Cfg::exact ? 2 * arena(C * MP, 4) : 0);
 
   __device__ Gates(Arena& arena, const Params& p, const Chunk& c, int64_t head, const float* tiles)
       : tile(tiles + (c.slot * p.H + head) * GateTile<Cfg>::floats), reader(p, c, head) {
     R = arena.take<float>(C * ldu);
     lambda = arena.take<float>(NB * MP);
     slow = arena.take<int>(4);
-    a = Cfg::fp32 ? arena.take<float>(C * MP) : nullptr;
-    s = Cfg::fp32 ? arena.take<float>(C * MP) : nullptr;
+    a = Cfg::exact ? arena.take<float>(C * MP) : nullptr;
+    s = Cfg::exact ? arena.take<float>(C * MP) : nullptr;
   }
   // All THREADS of the block send off their share (cp_async_commit, wait and barrier are the caller's).
   template <int THREADS>
@@ -438,7 +457,7 @@ struct Gates {
     using T = GateTile<Cfg>;
     load_matrix<THREADS, MP>(lambda, MP, tile + T::lambda, NB);
     if (threadIdx.x == 0) cp_async16(slow, tile + T::slow, true);
-    if constexpr (Cfg::fp32) load_matrix<THREADS, MP>(a, MP, tile + T::a, C), load_matrix<THREADS, MP>(s, MP, tile + T::s, C);
+    if constexpr (Cfg::exact) load_matrix<THREADS, MP>(a, MP, tile + T::a, C), load_matrix<THREADS, MP>(s, MP, tile + T::s, C);
   }
   template <int THREADS>
   __device__ void load_R() const {
@@ -450,19 +469,19 @@ struct Gates {
   }
 
   __device__ float gate(int i, int m) const {
-    if constexpr (Cfg::fp32) return a[i * MP + m];
+    if constexpr (Cfg::exact) return a[i * MP + m];
     else return reader.gate(i, m);
   }
   __device__ float write(int i, int m) const {
-    if constexpr (Cfg::fp32) return s[i * MP + m];
+    if constexpr (Cfg::exact) return s[i * MP + m];
     else return reader.write(i, m);
   }
-  __device__ static float operand(float x) { return Cfg::fp32 ? x : round_tf32(x); }
+  __device__ static float operand(float x) { return Cfg::exact ? x : round_tf32(x); }
 
  public:
   // s_i of row i as above, without going to memory where S [C][lds] (s_j W_j) is at hand.
   __device__ void row_writes(int i, const float* S, float (&w)[Cfg::MT][2]) const {
-    if constexpr (Cfg::fp32) {
+    if constexpr (Cfg::exact) {
 #pragma unroll
       for (int t = 0; t < Cfg::MT; ++t) w[t][0] = s[i * MP + t * 8 + frag_col()], w[t][1] = s[i * MP + t * 8 + frag_col() + 1];
     } else if (!slow[i / 16]) {
@@ -498,14 +517,17 @@ struct Triangle {
   int warp;
   static constexpr int ldx = 20;                          // of the in-block 16 x 16 of X
   static constexpr int ldy = Cfg::SC + 8;
-  static constexpr int64_t x_floats = Cfg::fp32 ? 16 * (Cfg::ldx > ldx ? Cfg::ldx : ldx) : 16 * ldx, y_floats = 16 * ldy;
+  static constexpr int64_t x_floats = Cfg::exact ? 16 * (Cfg::ldx > ldx ? Cfg::ldx : ldx) : 16 * ldx, y_floats = 16 * ldy;
 
   // acc <- (acc decayed to the block's start + sum over earlier blocks) decayed to its rows, + in-block part:
   //   out[i, m] = sum_{j < i} X_ij s_jm exp(G_i - G_j) + exp(G_i) acc_in[i, m].
   __device__ void apply(float (&acc)[MT][4], const float (&x)[CT][4]) const {
+    const bool slow = gates.slow[warp];
+    if constexpr (!Cfg::exact) {                          // where operands are in registers x itself need not be kept there
+      if (slow) store_own_block(x);
+    }
     OpX op;
     A::template from_acc<Cfg::C>(op, x, x_scratch, Cfg::ldx);
-    const bool slow = gates.slow[warp];
 #pragma unroll
     for (int J = 0; J < NB; ++J)
       if (J < warp || (J == warp && !slow)) {
@@ -514,10 +536,10 @@ struct Triangle {
       }
     scale_rows(acc);
     if (!slow) return;
-    __syncwarp();
-#pragma unroll
-    for (int J = 0; J < NB; ++J)
-      if (J == warp) store_block(x, J);
+    if constexpr (Cfg::exact) {
+      __syncwarp();
+      store_own_block(x);
+    }
     __syncwarp();
 #pragma unroll
     for (int m0 = 0; m0 < MP; m0 += Cfg::SC) {
@@ -595,6 +617,11 @@ struct Triangle {
       const float2 p = *reinterpret_cast<const float2*>(u + t * 8), q = *reinterpret_cast<const float2*>(u + 8 * Cfg::ldu + t * 8);
       acc[t][0] *= p.x, acc[t][1] *= p.y, acc[t][2] *= q.x, acc[t][3] *= q.y;
     }
+  }
+  __device__ void store_own_block(const float (&x)[CT][4]) const {
+#pragma unroll
+    for (int J = 0; J < NB; ++J)
+      if (J == warp) store_block(x, J);
   }
   __device__ void store_block(const float (&x)[CT][4], int J) const {
     float* p = x_scratch + frag_row() * ldx + frag_col();

@@ -2,7 +2,7 @@
 //
 // Accumulators are laid out as mma.sync's C fragment: acc[t][0..1] is row lane / 4, columns 8 t + 2 (lane % 4) + {0, 1}; acc[t][2..3] is row lane / 4 + 8.
 // Arith<bf16> and Arith<half> run on the tensor cores (m16n8k16, fp32 accumulation), Arith<float> on the fp32 pipe, in the same layout. Tf32 runs fp32
-// tiles on the tensor cores (m16n8k8): their operands keep 11 bits where a bf16 keeps 8.
+// tiles on the tensor cores (m16n8k8): their operands keep 11 bits where a bf16 keeps 8. TileOp: an operand that from_tile makes, Op: any other.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -84,7 +84,9 @@ struct Arith {
       return b;
     }
   };
-  static constexpr int pad = 8;                       // row padding of tiles that ldmatrix reads: 16 bytes, no bank conflicts
+  template <int KD>
+  using TileOp = Op<KD>;
+  static constexpr int pad = 8, state_pad = 8;        // row padding of tiles that ldmatrix reads: 16 bytes, no bank conflicts
 
   template <int KD>
   __device__ static void from_tile(Op<KD>& a, const E* tile, int ld) {          // A[i][k] = tile[i * ld + k]
@@ -180,10 +182,16 @@ struct Arith<float> {
     int row, col;                                      // strides: A[i][k] = p[i * row + k * col]
     __device__ Op<16> block(int j) const { return {p + j * 16 * col, row, col}; }
   };
-  static constexpr int pad = 4;
+  template <int KD>
+  using TileOp = Op<KD>;
+  static constexpr int pad = 4, state_pad = 4;
 
   template <int KD>
   __device__ static void from_tile(Op<KD>& a, const float* tile, int ld) {
+    a = {tile, ld, 1};
+  }
+  template <int KD>
+  __device__ static void from_input(Op<KD>& a, const float* tile, int ld) {
     a = {tile, ld, 1};
   }
   template <int KD>
@@ -294,8 +302,17 @@ struct Tf32 {
       a.r[k][0] = x.x, a.r[k][1] = y.x, a.r[k][2] = x.y, a.r[k][3] = y.y;
     }
   }
+  // Of inputs as they are. 16-bit values are exact, others are rounded here, as in from_tile_t.
+  template <int KD>
+  __device__ static void from_input(Op<KD>& a, const float* tile, int ld) {
+    from_tile<KD>(a, tile, ld);
+#pragma unroll
+    for (int k = 0; k < KD / 8; ++k)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a.r[k][i] = round_tf32(a.r[k][i]);
+  }
   template <int KD, class E>
-  __device__ static void from_tile(Op<KD>& a, const E* tile, int ld) {                    // 16-bit values are exact
+  __device__ static void from_input(Op<KD>& a, const E* tile, int ld) {
 #pragma unroll
     for (int k = 0; k < KD / 8; ++k)
 #pragma unroll
@@ -305,7 +322,7 @@ struct Tf32 {
       }
   }
   template <int KD>
-  __device__ static void from_tile_t(Op<KD>& a, const float* tile, int ld) {              // values as they are: rounded here
+  __device__ static void from_tile_t(Op<KD>& a, const float* tile, int ld) {
 #pragma unroll
     for (int k = 0; k < KD / 8; ++k)
 #pragma unroll
@@ -329,6 +346,80 @@ struct Tf32 {
         const float2 f = *reinterpret_cast<const float2*>(p + t * 8 * ld + k * 8);
         mma1688(acc[t], a.r[k], f.x, f.y);
       }
+  }
+};
+
+// Of products of fp32 inputs, where TF32 is allowed: Arith's functions on fp32 tiles as they are. Of what B loses half is added to A beforehand, beside A's own
+// half: one instruction for each of A's elements and none for B's, of which there are many times more.
+struct Tf32Inputs {
+  template <int KD>
+  using Op = Tf32::Op<KD>;
+  template <int KD>
+  using Split = Op<KD>;                                // 11 bits are enough
+  // What from_tile makes: k as it is, so that ldmatrix reads it, and B beside it.
+  template <int KD>
+  struct TileOp {
+    float r[KD / 8][4];
+  };
+  static constexpr int pad = 4, state_pad = 8;         // tiles of states are B of both orders of k
+  __device__ static float both(float x) { return fmaf(x, 2 * 0.3466f / 1024, x); }
+
+  template <int KD>
+  __device__ static void from_tile(TileOp<KD>& a, const float* tile, int ld) {
+    const int l = lane_id();
+#pragma unroll
+    for (int k = 0; k < KD / 8; ++k) {
+      uint32_t x[4];
+      ldmatrix4<false>(x, tile + (l & 15) * ld + k * 8 + (l >> 4) * 4);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a.r[k][i] = both(__uint_as_float(x[i]));
+    }
+  }
+  template <int KD>
+  __device__ static void from_tile_t(Op<KD>& a, const float* tile, int ld) {
+#pragma unroll
+    for (int k = 0; k < KD / 8; ++k)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a.r[k][i] = both(tile[(k * 8 + frag_col() + (i >> 1)) * ld + frag_row() + (i & 1) * 8]);
+  }
+  template <int KD>
+  __device__ static void from_acc(Op<KD>& a, const float (&acc)[KD / 8][4], float*, int) {
+#pragma unroll
+    for (int k = 0; k < KD / 8; ++k) a.r[k][0] = both(acc[k][0]), a.r[k][1] = both(acc[k][2]), a.r[k][2] = both(acc[k][1]), a.r[k][3] = both(acc[k][3]);
+  }
+  template <int KD>
+  __device__ static void from_acc_split(Op<KD>& a, const float (&acc)[KD / 8][4], float*, int) {
+    from_acc<KD>(a, acc, nullptr, 0);
+  }
+  template <int NT, int KD>
+  __device__ static void mma_nn(float (*acc)[4], const TileOp<KD>& a, const float* b, int ld) {
+    const float* p = b + (lane_id() & 3) * ld + frag_row();
+#pragma unroll
+    for (int k = 0; k < KD / 8; ++k)
+#pragma unroll
+      for (int t = 0; t < NT; ++t) mma1688(acc[t], a.r[k], p[k * 8 * ld + t * 8], p[(k * 8 + 4) * ld + t * 8]);
+  }
+  template <int NT, int KD>
+  __device__ static void mma_nt(float (*acc)[4], const TileOp<KD>& a, const float* b, int ld) {
+    static_assert(NT % 2 == 0);
+    const int l = lane_id();
+#pragma unroll
+    for (int k = 0; k < KD / 8; ++k)
+#pragma unroll
+      for (int t = 0; t < NT; t += 2) {
+        uint32_t f[4];
+        ldmatrix4<false>(f, b + (t * 8 + (l & 7) + (l >> 4) * 8) * ld + k * 8 + ((l >> 3) & 1) * 4);
+        mma1688(acc[t], a.r[k], __uint_as_float(f[0]), __uint_as_float(f[1]));
+        mma1688(acc[t + 1], a.r[k], __uint_as_float(f[2]), __uint_as_float(f[3]));
+      }
+  }
+  template <int NT, int KD>
+  __device__ static void mma_nn(float (*acc)[4], const Op<KD>& a, const float* b, int ld) {
+    Tf32::mma_nn<NT, KD>(acc, a, b, ld);
+  }
+  template <int NT, int KD>
+  __device__ static void mma_nt(float (*acc)[4], const Op<KD>& a, const float* b, int ld) {
+    Tf32::mma_nt<NT, KD>(acc, a, b, ld);
   }
 };
 

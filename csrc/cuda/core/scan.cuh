@@ -4,7 +4,8 @@
 //     Hv <- exp(G_end) Hv + sum_j v_j (x) s_j exp(G_end - G_j)          dHv <- exp(G_end) dHv +       sum_i do_i (x) p_i   exp(G_i)
 //
 // The right factors come ready-made as tiles Y [C][MP] (chunk_gates below, which makes all that depends on the gates only; backward_queries), so that the sweep does nothing but load and multiply:
-// tiles arrive by asynchronous copies `stages` - 1 steps ahead, one barrier per step. A step is a chunk, in backward a chunk of one query head.
+// tiles arrive by asynchronous copies `stages` - 1 steps ahead, one barrier per step. A step is a chunk (half a chunk, where its tiles are as large), in backward of
+// one query head.
 // A block of 4 warps owns 64 rows of [Hk; Hv^T] (of K or of V) times all slots, in fp32 registers; before each chunk it leaves a copy in memory:
 // boundary[slot], in E, is the state before the chunk, gradient[slot], in fp32 (TF32), the cotangent of the state after it.
 #pragma once
@@ -72,16 +73,16 @@ __global__ __launch_bounds__(gates_threads<Cfg>) void chunk_gates(const __grid_c
     E* y = static_cast<E*>(a.y) + (tile * C + b * 16) * MP + m;
     float* row = out + b * 16 * MP + m;
     if (b == 0) a.decay[tile * MP + m] = after * lambda[m];
-    out[T::lambda + e] = lambda[e];
+    out[T::lambda + e] = lambda[e], out[T::after + e] = after;
 #pragma unroll
     for (int j = 0; j < 16; ++j) u *= g[k][j], row[T::R + j * MP] = u;
 #pragma unroll
     for (int j = 15; j >= 0; --j) {
       const float x = s[k][j] * w;
-      row[T::S + j * MP] = Cfg::fp32 ? x : to_tf32(x);
+      row[T::S + j * MP] = Cfg::exact ? x : to_tf32(x);
       y[j * MP] = from_float<E>(x * after);
       w *= g[k][j];
-      if constexpr (Cfg::fp32) row[T::a + j * MP] = g[k][j], row[T::s + j * MP] = s[k][j];
+      if constexpr (Cfg::exact) row[T::a + j * MP] = g[k][j], row[T::s + j * MP] = s[k][j];
     }
   }
   if (threadIdx.x < 4) out[T::slow + threadIdx.x] = __int_as_float(threadIdx.x < NB ? slow[threadIdx.x] : 0);
@@ -104,8 +105,9 @@ struct ScanParams {
 template <class Cfg>
 struct ScanShared {
   static constexpr int stages = Cfg::MP == 64 ? 3 : 2, blocks_per_sm = Cfg::MP == 64 ? 4 : Cfg::MP == 128 ? 3 : 2;
-  static constexpr int ldx = kStateRows + Cfg::pad;
-  static constexpr int64_t stage = arena(Cfg::C * ldx, sizeof(typename Cfg::E)) + arena(Cfg::C * Cfg::ldm, sizeof(typename Cfg::E)) + arena(Cfg::MP, 4);
+  static constexpr int rows = Cfg::fp32 && Cfg::C > 32 ? 32 : Cfg::C, pieces = Cfg::C / rows;  // tokens of a step
+  static constexpr int ldx = kStateRows + Cfg::pad, ldy = Cfg::MP + Cfg::pad;
+  static constexpr int64_t stage = arena(rows * ldx, sizeof(typename Cfg::E)) + arena(rows * ldy, sizeof(typename Cfg::E)) + arena(Cfg::MP, 4);
   static constexpr int64_t bytes = stages * stage;
   static_assert(bytes <= 101376, "99 KB is what every GPU from sm_80 on has");
 };
@@ -113,9 +115,10 @@ struct ScanShared {
 template <class Cfg, bool gradient>
 __global__ __launch_bounds__(128, ScanShared<Cfg>::blocks_per_sm) void state_scan(const __grid_constant__ ScanParams a) {
   using E = typename Cfg::E;
-  using A = Arith<E>;
+  using A = typename Cfg::A;
   using Shared = ScanShared<Cfg>;
-  constexpr int C = Cfg::C, MP = Cfg::MP, MT = Cfg::MT, ldx = Shared::ldx, ldm = Cfg::ldm, stages = Shared::stages;
+  constexpr int C = Cfg::C, MP = Cfg::MP, MT = Cfg::MT, ldx = Shared::ldx, ldy = Shared::ldy, stages = Shared::stages, rows = Shared::rows,
+                pieces = Shared::pieces;
   const Params& p = a.base;
   const int k_slices = (p.K + kStateRows - 1) / kStateRows, slices = k_slices + (p.V + kStateRows - 1) / kStateRows;
   const int slice = blockIdx.x % slices;
@@ -133,13 +136,14 @@ __global__ __launch_bounds__(128, ScanShared<Cfg>::blocks_per_sm) void state_sca
   auto stage = [&](int64_t step) {
     Arena mem{shared + step % stages * Shared::stage};
     Stage s;
-    s.x = mem.take<E>(C * ldx), s.y = mem.take<E>(C * ldm), s.decay = mem.take<float>(MP);
+    s.x = mem.take<E>(rows * ldx), s.y = mem.take<E>(rows * ldy), s.decay = mem.take<float>(MP);
     return s;
   };
 
   Chunk c;
   c.seq = sequence(p, n, C);
-  const int64_t steps = c.seq.chunks * heads;
+  const int each = heads * pieces;  // steps of a chunk
+  const int64_t steps = c.seq.chunks * each;
   const int warp = threadIdx.x / 32;
   const int row = d0 + warp * 16 + frag_row();  // and row + 8
   float acc[MT][4];
@@ -169,7 +173,7 @@ __global__ __launch_bounds__(128, ScanShared<Cfg>::blocks_per_sm) void state_sca
   }
   auto keep = [&](int64_t slot) {
     using Out = std::conditional_t<gradient, float, E>;
-    auto value = [](float x) { return gradient && !Cfg::fp32 ? to_tf32(x) : x; };
+    auto value = [](float x) { return gradient && !Cfg::exact ? to_tf32(x) : x; };
     Out* out = static_cast<Out*>(a.out) + ((slot * p.H + head) * (p.K + p.V) + (values ? p.K : 0)) * p.M;
     Out* q = out + int64_t(row) * p.M + frag_col();
     if constexpr (sizeof(Out) == 2) {
@@ -195,12 +199,14 @@ __global__ __launch_bounds__(128, ScanShared<Cfg>::blocks_per_sm) void state_sca
   auto issue = [&](int64_t step) {
     if (step < steps) {
       const Stage s = stage(step);
-      const int64_t chunk = step / heads, hq = step % heads;
+      const int64_t chunk = step / each, hq = step % each / pieces;
+      const int first = static_cast<int>(step % pieces) * rows;
       c.select(p, gradient ? c.seq.chunks - 1 - chunk : chunk, C);
-      load_tile<128, E, C, kStateRows>(s.x, ldx, rows_of(xv, c, gradient ? head * r + hq : head), c.length, d0, D);
+      Rows x = rows_of(xv, c, gradient ? head * r + hq : head);
+      x.base += first * x.step;
+      load_tile<128, E, rows, kStateRows>(s.x, ldx, x, c.length - first, d0, D);
       const int64_t tile = gradient ? c.slot * p.HQ + head * r + hq : c.slot * p.H + head;
-      load_tile<128, E, C, MP>(s.y, ldm, rows_of(static_cast<const E*>(values ? a.y_v : a.y_k) + tile * C * MP, MP, Cfg::fp32 ? DType::f32 : p.q.dtype), C, 0,
-                               MP);
+      load_matrix<128, MP>(s.y, ldy, static_cast<const E*>(values ? a.y_v : a.y_k) + (tile * C + first) * MP, rows);
       if (threadIdx.x < MP / 4) cp_async16(s.decay + threadIdx.x * 4, a.decay + (c.slot * p.H + head) * MP + threadIdx.x * 4, true);
     }
     cp_async_commit();
@@ -214,14 +220,14 @@ __global__ __launch_bounds__(128, ScanShared<Cfg>::blocks_per_sm) void state_sca
     __syncthreads();
     issue(step + stages - 1);
     const Stage s = stage(step);
-    if (step % heads == 0) {
-      const int64_t chunk = step / heads;
+    if (step % each == 0) {
+      const int64_t chunk = step / each;
       keep(c.seq.slot + (gradient ? c.seq.chunks - 1 - chunk : chunk));
       decay(acc, s.decay);
     }
-    typename A::template Op<C> op;
-    A::template from_tile_t<C>(op, s.x + warp * 16, ldx);
-    A::template mma_nn<MT, C>(acc, op, s.y, ldm);
+    typename A::template Op<rows> op;
+    A::template from_tile_t<rows>(op, s.x + warp * 16, ldx);
+    A::template mma_nn<MT, rows>(acc, op, s.y, ldy);
   }
   if (float* out = static_cast<float*>(values ? a.hv_out : a.hk_out)) {
     out += state;

@@ -8,7 +8,7 @@ namespace gsa::cuda {
 
 template <class F>
 void select_config(const Params& p, F&& f) {
-  const bool fp32 = p.q.dtype == DType::f32 || p.math == Math::exact;
+  const bool fp32 = p.q.dtype == DType::f32 || p.math == Math::exact, tf32 = p.q.dtype == DType::f32 && p.math == Math::tf32;
   auto by_slots = [&]<class E>() {
     if constexpr (sizeof(E) == 4) {
       if (p.M <= 64) f.template operator()<Config<E, 64, 32, 32>>();
@@ -21,7 +21,12 @@ void select_config(const Params& p, F&& f) {
       else f.template operator()<Config<E, 256, 32, 16>>();
     }
   };
-  if (fp32) by_slots.template operator()<float>();
+  if (tf32) {
+    if (p.M <= 64) f.template operator()<Config<float, 64, 64, 16, true>>();
+    else if (p.M <= 128 && shared_memory() >= 112 * 1024) f.template operator()<Config<float, 128, 64, 16, true>>();
+    else if (p.M <= 128) f.template operator()<Config<float, 128, 64, 8, true>>();
+    else f.template operator()<Config<float, 256, 32, 8, true>>();
+  } else if (fp32) by_slots.template operator()<float>();
   else if (p.q.dtype == DType::bf16) by_slots.template operator()<bf16>();
   else by_slots.template operator()<half>();
 }

@@ -6,17 +6,17 @@ namespace gsa::cuda {
 
 // Shared memory of the kernels that work on the rows of one chunk of one query head (chunk_output, backward_queries): gates, S, and a ring of two stages,
 // each with slices of the rows of two matrices x, y [C][DS] and of a state h [DS][MP]. While one is worked on the next one is on its way.
-// Slow blocks need scratch between the passes: in 16 bit it is the stage that nothing is on its way to. fp32 operands live in scratch while slices stream
-// by, so there it has room of its own.
+// Slow blocks need scratch between the passes: the stage that nothing is on its way to. Operands of exact arithmetic live in scratch while slices stream by, so
+// there it has room of its own.
 template <class Cfg>
 struct RowsShared {
   using E = typename Cfg::E;
-  static constexpr bool needs_S = !(Cfg::fp32 && Cfg::NB == 1);
+  static constexpr bool needs_S = !(Cfg::exact && Cfg::NB == 1);
   static constexpr int64_t xy = arena(Cfg::C * Cfg::ldd, sizeof(E)), slices = 2 * xy + arena(Cfg::DS * Cfg::ldm, sizeof(E));
   static constexpr int64_t scratch = arena(Cfg::NB * (Triangle<Cfg>::x_floats + Triangle<Cfg>::y_floats), 4);
-  static constexpr int64_t stage = Cfg::fp32 || slices > scratch ? slices : scratch;
-  static constexpr int64_t bytes = Gates<Cfg>::bytes + (needs_S ? arena(Cfg::C * Cfg::lds, 4) : 0) + 2 * stage + (Cfg::fp32 ? scratch : 0);
-  static_assert(bytes <= (Cfg::small || Cfg::fp32 ? 99 : 113) * 1024);
+  static constexpr int64_t stage = Cfg::exact || slices > scratch ? slices : scratch;
+  static constexpr int64_t bytes = Gates<Cfg>::bytes + (needs_S ? arena(Cfg::C * Cfg::lds, 4) : 0) + 2 * stage + (Cfg::exact ? scratch : 0);
+  static_assert(bytes <= (Cfg::small || Cfg::exact ? 99 : 113) * 1024);
 };
 
 // One pass of a ring: columns 0 .. D - 1 of `rows` rows of x and y, rows 0 .. D - 1 of h, which has M columns. x.ptr == nullptr: pass without x.
@@ -45,7 +45,7 @@ struct Ring {
   }
   // What slow blocks use between the passes, after a barrier: x, then y, for each warp.
   __device__ float* x_scratch(int warp) const {
-    char* s = Cfg::fp32 ? base + 2 * Shared::stage : stage(sent);
+    char* s = Cfg::exact ? base + 2 * Shared::stage : stage(sent);
     return reinterpret_cast<float*>(s) + warp * Triangle<Cfg>::x_floats;
   }
   __device__ float* y_scratch(int warp) const { return x_scratch(0) + Cfg::NB * Triangle<Cfg>::x_floats + warp * Triangle<Cfg>::y_floats; }
@@ -213,6 +213,14 @@ struct Packed {
   template <int THREADS>
   __device__ static void load_rows(float* tile, int ld, const float* src, int I) {
     src += block(I, 0) * 256;
+    if constexpr (THREADS % 64 == 0) {                    // a block of 16 x 16 for every 64 threads
+      const int e = threadIdx.x % 64, first = threadIdx.x / 64;
+      src += first * 256 + e * 4, tile += e / 4 * ld + first * 16 + e % 4 * 4;
+#pragma unroll
+      for (int J = 0; J < Cfg::NB; J += THREADS / 64)
+        if (J + first <= I) cp_async16(tile + J * 16, src + J * 256, true);
+      return;
+    }
     for (int e = threadIdx.x; e < (I + 1) * 64; e += THREADS) cp_async16(tile + e % 64 / 4 * ld + e / 64 * 16 + e % 4 * 4, src + e * 4, true);
   }
 };
@@ -240,7 +248,7 @@ __device__ inline void softmax_rows(float (&o1)[Cfg::MT][4], int M) {
     for (int t = 0; t < Cfg::MT; ++t)
 #pragma unroll
       for (int e = 2 * h; e < 2 * h + 2; ++e) {
-        o1[t][e] = exp_of<Cfg::fp32>(o1[t][e] - top);
+        o1[t][e] = exp_of<Cfg::exact>(o1[t][e] - top);
         sum += o1[t][e];
       }
     const float inv = 1.f / quad_sum(sum);
