@@ -46,6 +46,7 @@ INSTRUCTIONS = {
     "ld.shared.v2.f32 {%0, %1}, [%2];": "emulation::load_two(&%0, &%1, %2)",
     "st.shared.b32 [%0], %1; st.shared.b32 [%0 + %3], %2;": "*static_cast<uint32_t*>(emulation::at(%0, 4)) = %1, "
     "*static_cast<uint32_t*>(emulation::at(%0 + %3, 4)) = %2",
+    "atom.shared.add.u32 %0, [%1], %2;": "%0 = (*static_cast<uint32_t*>(emulation::at(%1, 4)) += %2) - %2",
     "{ .reg .pred valid; setp.ne.u32 valid, %2, 0; mov.u32 %0, 0; @valid ld.global.nc.b32 %0, [%1]; }": "%0 = %2 ? *reinterpret_cast<const uint32_t*>(%1) : 0u",
     "red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};": "emulation::add_four(%0, %1, %2, %3, %4)",
     "prefetch.global.L2 [%0];": "static_cast<void>(0)",

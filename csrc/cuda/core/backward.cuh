@@ -118,17 +118,21 @@ __device__ __forceinline__ void cotangents(float (&o)[4][4], float (&dp)[4][4], 
     }
 }
 
+// Four numbers to memory; or, always by the same thread, added to what is there.
+__device__ inline void save_four(float4* to, const float (&x)[4], bool first) {
+  if (first) *to = make_float4(x[0], x[1], x[2], x[3]);
+  else asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]) : "memory");
+}
+
 // e of half of the slots of a bank to memory, as accumulators lie; or, always the same thread, added to what is there.
 __device__ inline void save_e(float* tile, const float (&e)[4][4], bool first, int half, int tid) {
   float4* const to = reinterpret_cast<float4*>(tile) + half * 512 + tid;
   if (first) {
 #pragma unroll
-    for (int t = 0; t < 4; ++t) to[t * 128] = make_float4(e[t][0], e[t][1], e[t][2], e[t][3]);
+    for (int t = 0; t < 4; ++t) save_four(to + t * 128, e[t], true);
   } else {
 #pragma unroll
-    for (int t = 0; t < 4; ++t)
-      asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to + t * 128), "f"(e[t][0]), "f"(e[t][1]), "f"(e[t][2]), "f"(e[t][3])
-                   : "memory");
+    for (int t = 0; t < 4; ++t) save_four(to + t * 128, e[t], false);
   }
 }
 

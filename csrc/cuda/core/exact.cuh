@@ -59,26 +59,27 @@ __device__ inline void times(float (&x)[NT][4], const float (&y)[NT][4]) {
     for (int e = 0; e < 4; ++e) x[t][e] *= y[t][e];
 }
 
-// x of 32 slots, the share `own`, rows over all of them: exp2(c x) over its sum; slots >= M nothing. A barrier of all threads between writing and reading `sums`.
-template <int SHARES>
-__device__ inline void softmax_of_shares(float (&x)[4][4], float c, int M, float (&sums)[SHARES][64], int own, int row) {
+// x of the slots of the share `own`, of which the first `slots` count, rows over those of all shares: exp2(c x) over its sum. meet: a barrier of all shares' threads,
+// between writing and reading `sums`.
+template <int SHARES, int NT, class Meet>
+__device__ inline void softmax_of_shares(float (&x)[NT][4], float c, int slots, float (&sums)[SHARES][64], int own, int row, Meet&& meet) {
   float top[2], sum[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     top[h] = -INFINITY, sum[h] = 0.f;
 #pragma unroll
-    for (int t = 0; t < 4; ++t)
+    for (int t = 0; t < NT; ++t)
 #pragma unroll
-      for (int e = 2 * h; e < 2 * h + 2; ++e) x[t][e] = own * 32 + t * 8 < M ? x[t][e] * c : -INFINITY, top[h] = fmaxf(top[h], x[t][e]);
+      for (int e = 2 * h; e < 2 * h + 2; ++e) x[t][e] = t * 8 < slots ? x[t][e] * c : -INFINITY, top[h] = fmaxf(top[h], x[t][e]);
     top[h] = fmaxf(quad_max(top[h]), -1e30f);  // a share without slots
 #pragma unroll
-    for (int t = 0; t < 4; ++t)
+    for (int t = 0; t < NT; ++t)
 #pragma unroll
       for (int e = 2 * h; e < 2 * h + 2; ++e) x[t][e] = fast_exp2(x[t][e] - top[h]), sum[h] += x[t][e];
     sum[h] = top[h] + __log2f(quad_sum(sum[h]));
     if ((lane_id() & 3) == 0) sums[own][row + 8 * h] = sum[h];
   }
-  __syncthreads();
+  meet();
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     float all = sum[h];
@@ -89,10 +90,16 @@ __device__ inline void softmax_of_shares(float (&x)[4][4], float c, int M, float
     }
     const float f = fast_exp2(top[h] - all);
 #pragma unroll
-    for (int t = 0; t < 4; ++t)
+    for (int t = 0; t < NT; ++t)
 #pragma unroll
       for (int e = 2 * h; e < 2 * h + 2; ++e) x[t][e] *= f;
   }
+}
+
+// Of 32 slots, by a block, M slots in all.
+template <int SHARES>
+__device__ inline void softmax_of_shares(float (&x)[4][4], float c, int M, float (&sums)[SHARES][64], int own, int row) {
+  softmax_of_shares(x, c, M - own * 32, sums, own, row, [] { __syncthreads(); });
 }
 
 // exp(g) and s of a chunk and bank; 1 and 0 where there is none.

@@ -1031,18 +1031,18 @@ __device__ inline void state_products(float (&sum)[2], const E* H, const float (
   sum[0] = quad_sum(sum[0]), sum[1] = quad_sum(sum[1]);
 }
 
-// Accumulators for the same thread of another warpgroup, or for later.
-template <int NT>
+// Accumulators for the same thread of another warpgroup, or for later; by THREADS threads, which nothing that others put comes between.
+template <int NT, int THREADS = 128>
 __device__ inline void put(float* to, const float (&x)[NT][4], int tid) {
 #pragma unroll
-  for (int t = 0; t < NT; ++t) reinterpret_cast<float4*>(to)[t * 128 + tid] = make_float4(x[t][0], x[t][1], x[t][2], x[t][3]);
+  for (int t = 0; t < NT; ++t) reinterpret_cast<float4*>(to)[t * THREADS + tid] = make_float4(x[t][0], x[t][1], x[t][2], x[t][3]);
 }
 
-template <int NT>
+template <int NT, int THREADS = 128>
 __device__ inline void get(float (&x)[NT][4], const float* from, int tid) {
 #pragma unroll
   for (int t = 0; t < NT; ++t) {
-    const float4 y = reinterpret_cast<const float4*>(from)[t * 128 + tid];
+    const float4 y = reinterpret_cast<const float4*>(from)[t * THREADS + tid];
     x[t][0] = y.x, x[t][1] = y.y, x[t][2] = y.z, x[t][3] = y.w;
   }
 }
