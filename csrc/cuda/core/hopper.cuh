@@ -324,18 +324,11 @@ __device__ inline void bring_tokens(E* tiles, const TokenMap& map, const Params&
 #pragma unroll
     for (int g = 0; g < D / 64; ++g) load_box(tiles + g * kTile, map.tokens, column + g * 64, head, first, batch, barrier);
   } else {
-    auto bring = [&](const CUtensorMap& box, int i, int token) {
+#pragma unroll 1
+    for (int i = 0; i < kChunk; ++i)
 #pragma unroll
-      for (int g = 0; g < D / 64; ++g) load_box(tiles + g * kTile + i * 64, box, column + g * 64, head, token, batch, barrier);
-    };
-    int i = 0;
-    if (!p.reverse)
-#pragma unroll 1
-      for (; i + 8 <= c.length; i += 8) bring(map.eight, i, first + i);
-#pragma unroll 1
-    for (; i < kChunk && (i < c.length || i % 8); ++i) bring(map.token, i, i < c.length ? first + i * c.step : -1);
-#pragma unroll 1
-    for (; i < kChunk; i += 8) bring(map.eight, i, -8);
+      for (int g = 0; g < D / 64; ++g)
+        load_box(tiles + g * kTile + i * 64, map.token, column + g * 64, head, i < c.length ? first + i * c.step : -1, batch, barrier);
   }
 }
 // The rows of a bank of a boundary state [D][M] from `row` on, zero from slot M on: 128 D bytes. By one thread.
