@@ -20,6 +20,12 @@ def python(code, **environment):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, cwd=Path(__file__).parent)
 
 
+def test_a_transformers_that_is_too_new():
+    pytest.importorskip("transformers")
+    done = python("import transformers; transformers.__version__ = '5.24.0'; import gsa_ext.hf")
+    assert done.returncode and done.stderr.endswith("gsa_ext.hf works with transformers 5.17 to 5.23, found 5.24.0: pip install 'transformers<5.24'\n")
+
+
 def test_built_for_this_torch():
     build = _load.built()
     assert build.torch.partition("+")[0] == torch.__version__.partition("+")[0] and build.path.exists()
