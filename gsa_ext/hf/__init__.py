@@ -3,7 +3,7 @@
 Importing this module is what teaches ``AutoModelForCausalLM.from_pretrained`` to load converted models and those with model_type "gsa".
 """
 
-import gsa_ext.hf._versions  # noqa: F401, I001 (before what needs it)
+import gsa_ext.hf._versions  # noqa: F401 (before what needs it)
 from gsa_ext.hf.attention import GSAAttention
 from gsa_ext.hf.cache import GSACacheLayer, cache_bytes
 from gsa_ext.hf.convert import PRESETS, convert
