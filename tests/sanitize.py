@@ -7,6 +7,8 @@ and those of the CPU, compiled with AddressSanitizer and UndefinedBehaviorSaniti
 
     .ci/sanitize
 
+After the device may stand which of PARTS to run, as in `python tests/sanitize.py cuda hopper tf32`.
+
 Results are compared with fp64 as well: a kernel that does nothing would be clean. On the CPU, where everything around the kernels is slow under
 the sanitizers, only roughly: accuracy is what the tests are for. initcheck and synccheck work the same way.
 """
@@ -34,13 +36,13 @@ SIZES = [  # T, HQ, H, K, V, M
 
 # Those that the kernels for Hopper take: as walks where they can be, in parts, and in parts for few heads.
 HOPPER = [(130, 2, 1, 128, 128, 64), (70, 2, 2, 64, 64, 24), (70, 3, 1, 64, 64, 40), (65, 1, 1, 128, 128, 64), (70, 2, 1, 128, 128, 104),
-          (70, 2, 1, 256, 256, 40)]
+          (70, 2, 2, 64, 64, 128), (70, 2, 1, 256, 256, 40), (70, 1, 1, 512, 512, 64)]
 
 RESULTS = ("o", "hk", "hv", "z", "dq", "dk", "dv", "ds", "dg", "dhk0", "dhv0", "dz0")
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 
-def cases(device):
+def of_all_sizes(device):
     host = device == "cpu"
     for dtype, (T, HQ, H, K, V, M) in itertools.product((FP32, BF16, FP16), SIZES):
         for mode, gate in (("given", 8.0), ("coupled", "mixed")):
@@ -54,8 +56,18 @@ def cases(device):
         yield stepwise, make_inputs(2, 3, initial_state=True, **small)
         yield stepwise, make_inputs(1, 2, 8, 1, 512, 512, 256, mode=mode, dtype=dtype, device=device)
     if host:
-        yield from cases_of_the_cpu()
-        return
+        yield from of_the_cpu()
+
+
+def tf32(device):
+    """fp32 inputs on the tensor cores."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    for (T, HQ, H, K, V, M), (mode, gate) in itertools.product(SIZES, (("given", 8.0), ("coupled", "mixed"))):
+        yield chunk_gsa, make_inputs(2, T, HQ, H, K, V, M, mode=mode, gate=gate, dtype=FP32, initial_state=True, device=device)
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def hopper(device):
     for kernels, dtype, gate, (T, HQ, H, K, V, M) in itertools.product(("hopper", "segments", "parts", "few"), (BF16, FP16), (8.0, "mixed"), HOPPER):
         os.environ["GSA_KERNELS"] = kernels  # read at every call
         yield chunk_gsa, make_inputs(2, T, HQ, H, K, V, M, mode="given", gate=gate, dtype=dtype, initial_state=True, device=device)
@@ -65,7 +77,7 @@ def cases(device):
     del os.environ["GSA_KERNELS"]
 
 
-def cases_of_the_cpu():
+def of_the_cpu():
     """Remainders of a vector, groups of 1 to 11 heads, sequences that are cut along time."""
     for K, V, M in ((1, 17, 3), (3, 1, 5), (15, 16, 31), (33, 63, 17)):
         for dtype, HQ in ((FP64, 1), (FP32, 7), (BF16, 11)):
@@ -126,26 +138,41 @@ def beside(device):
                 assert torch.ops.gsa.window_step(normal(3, HQ, K), normal(3, H, K), normal(3, H, V), *states, 0.3, mask, *turn).isfinite().all()
 
 
-def main() -> int:
-    device = sys.argv[1] if len(sys.argv) > 1 else "cuda"
-    torch.set_num_threads(max(2, torch.get_num_threads()))
+def lengths_that_are_wrong(device):
+    """No access outside the tensors, whatever cu_seqlens says."""
+    for contents in ((0, 3, 10**9), (5, -7, 2**31 - 1), (0, 4, 2)):
+        x = make_inputs(lengths=[3, 3], K=20, V=36, M=10, device=device)
+        x["cu_seqlens"] = torch.tensor(contents, dtype=torch.int32, device=device)
+        for op in (chunk_gsa, fused_recurrent_gsa):
+            testing.results(op, x)
+    torch.cuda.synchronize()
+
+
+def compared(cases, device) -> int:
     wrong = 0
-    for op, x in cases(device):
+    for op, x in cases:
         dtype = x["q"].dtype
-        rough = dict.fromkeys(RESULTS, {FP64: 1e-10, FP32: 1e-4}.get(dtype, 0.1)) if device == "cpu" else None
+        loose = device == "cpu" or (dtype == FP32 and torch.backends.cuda.matmul.allow_tf32)
+        rough = dict.fromkeys(RESULTS, {FP64: 1e-10, FP32: 1e-4 if device == "cpu" else 3e-3}.get(dtype, 0.1)) if loose else None
         rows = testing.compare(op, x, gradients=op is not stepwise, allowed=rough)
         bad = [row for row in rows if not row.ok]
         wrong += bool(bad)
         print(f"{op.__name__} {tuple(x['q'].shape)} V {x['v'].shape[-1]} {str(dtype)[6:]}: {'ok' if not bad else '; '.join(map(str, bad))}", flush=True)
-    pools(device)
-    beside(device)
-    if device == "cuda":
-        for contents in ((0, 3, 10**9), (5, -7, 2**31 - 1), (0, 4, 2)):  # no access outside the tensors, whatever cu_seqlens says
-            x = make_inputs(lengths=[3, 3], K=20, V=36, M=10, device="cuda")
-            x["cu_seqlens"] = torch.tensor(contents, dtype=torch.int32, device="cuda")
-            for op in (chunk_gsa, fused_recurrent_gsa):
-                testing.results(op, x)
-        torch.cuda.synchronize()
+    return wrong
+
+
+PARTS = {"sizes": of_all_sizes, "tf32": tf32, "hopper": hopper, "pools": pools, "beside": beside, "lengths": lengths_that_are_wrong}
+OF_CUDA = ("tf32", "hopper", "lengths")
+
+
+def main() -> int:
+    device = sys.argv[1] if len(sys.argv) > 1 else "cuda"
+    torch.set_num_threads(max(2, torch.get_num_threads()))
+    wrong = 0
+    for name in sys.argv[2:] or [name for name in PARTS if device == "cuda" or name not in OF_CUDA]:
+        cases = PARTS[name](device)
+        if cases is not None:
+            wrong += compared(cases, device)
     print(f"{wrong} cases off")
     return 1 if wrong else 0
 
