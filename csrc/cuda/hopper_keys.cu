@@ -320,6 +320,7 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __gr
                                                                       int heads, const __grid_constant__ InputMaps maps) {
 #if GSA_HOPPER
   after_the_last_kernel();
+  if (w.all_elsewhere()) return;
   extern __shared__ __align__(1024) char memory[];
   constexpr int kThreads = 256 * BANKS, width = D / BANKS;  // dimensions of dk and dv that a warpgroup has
   const int r = p.HQ / p.H;
@@ -369,9 +370,10 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __gr
   __syncthreads();
   if (cut) return exact_keys<E, D, BANKS>(p, w, heads, memory + kept(0));
   const int tid = threadIdx.x % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0), row = warp * 16 + frag_row(), col = half * 32 + frag_col();
-  // The two have code of their own: no barrier of all threads until they are through.
-  const auto begin_step = [&](int step) {
-    if (threadIdx.x == kThreads / 2 && step) {
+  // The two have code of their own: no barrier of all threads until they are through. Only where the thread is that sends is there code for it: its registers are not there
+  // in the other half.
+  const auto begin_step = [&](int step, auto sends) {
+    if (sends() && threadIdx.x == kThreads / 2 && step) {
       wait(m.free + stage_of(step - 1), uses(step - 1) & 1);
       if constexpr (BANKS > 1) {
         if (step + 1 < 2 * r) send_stage(step + 1);
@@ -395,7 +397,7 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __gr
     zero(inner_all), zero(diagonal_all);
 #pragma unroll 1
     for (int step = 0; step < 2 * r; ++step) {
-      begin_step(step);
+      begin_step(step, std::false_type{});
       auto& stage = m.stage[stage_of(step)];
       const E* const B = m.B[step / r % BANKS];
       float x[8][4], d[2];
@@ -440,7 +442,7 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __gr
     auto& outer_all = *reinterpret_cast<float (*)[8][4]>(BANKS == 1 ? dx : apart);
 #pragma unroll 1
     for (int step = 0; step < 2 * r; ++step) {
-      begin_step(step);
+      begin_step(step, std::true_type{});
       // Addresses are made where they are used: there are no registers to keep them in.
       auto& m = *reinterpret_cast<KeysShared<E, D, BANKS>*>(memory + kept(0));
       auto& stage = m.stage[stage_of(step)];
