@@ -29,7 +29,7 @@ struct Plan {
     const Params& p = walks ? whole : slice;
     if (!p.boundary) boundary = take(slots_of(p) * p.H * (p.K + p.V) * p.M * 2);
     gates = take(hopper_gates_bytes(p));
-    if (walks) cut = take(p.N * p.H * 4), starts = take(hopper_starts_floats(p) * 4);
+    if (walks) cut = take((p.N * p.H + 1) * 4), starts = take(hopper_starts_floats(p) * 4);
     if (walks_alone(whole)) return;
     const int64_t slots = slots_of(slice), banks = hopper::banks_of(p), chunks = slots * p.H * banks;
     saved = take(slots * p.HQ * banks * static_cast<int64_t>(hopper_wide(p) ? sizeof(hopper::WideSaved<half>) : sizeof(hopper::Saved<half>)));
@@ -104,13 +104,14 @@ void hopper_backward(const BackwardParams& whole) {
       if (segments) hopper_starts(p, starts);
       hopper_forward_states(states_only(whole), p.boundary, w.gates, starts);
     }
-    if (segments) hopper_ends(p, p.boundary, w.gates, starts);
+    if (segments) hopper_ends(p, p.boundary, w.gates, starts, cut);
     hopper_walk(p, p.boundary, w.gates, cut, starts);
     if (!segments) return hopper_fused(p, p.boundary, cut);
+    w.some = cut + p.N * p.H;
     for (int i = 0; i < count; ++i) {  // what is cut
       const BackwardParams slice = count == 1 ? p : sequences(p, each * i, each);
       w.only = cut + each * i * p.H;
-      hopper_gates(slice, w.gates, false, w.only);
+      hopper_gates(slice, w.gates, false, w.only, w.some);
       parts(slice, slice.boundary, w);
       w.gates = static_cast<char*>(w.gates) + hopper_gates_bytes(slice);
     }

@@ -42,7 +42,7 @@ static_assert(sizeof(LargestEnds) <= 227 * 1024 && offsetof(LargestEnds, gates) 
 template <class E, int D>
 __global__ __launch_bounds__(kThreads, 1) void ends_kernel(const __grid_constant__ BackwardParams p, const GateImage<E>* images,
                                                            const __grid_constant__ InputMaps maps, const __grid_constant__ CUtensorMap states,
-                                                           const __grid_constant__ Segments segments, float* ends) {
+                                                           const __grid_constant__ Segments segments, float* ends, int* cut) {
 #if GSA_HOPPER
   after_the_last_kernel();
   extern __shared__ __align__(1024) char memory[];
@@ -60,6 +60,7 @@ __global__ __launch_bounds__(kThreads, 1) void ends_kernel(const __grid_constant
   bool several = false;
   for (int64_t i = threadIdx.x; i < whole.chunks; i += kThreads) several |= images[(whole.slot + i) * p.H + head].cut != 0;
   several = __syncthreads_or(several);
+  if (threadIdx.x == 0 && segment == 1) cut[n * p.H + head] = several;
   const int needed = several ? 0 : remembered_chunks<E, false>(p, own, head, m.sums_of_gates), first_slot = static_cast<int>(own.slot);
 
   // By one thread.
@@ -144,13 +145,13 @@ __global__ __launch_bounds__(kThreads, 1) void ends_kernel(const __grid_constant
 
 }  // namespace
 
-void hopper_ends(const BackwardParams& p, const void* boundary, const void* images, float* ends) {
+void hopper_ends(const BackwardParams& p, const void* boundary, const void* images, float* ends, int* cut) {
   const Segments segments = hopper_segments(p).undivided();
   select_hopper(p, [&]<class E, int D>() {
     launch_early("hopper_ends", ends_kernel<E, D>, p.N * segments.before() * p.H, kThreads, sizeof(EndsShared<E, D>), p.stream, p,
-                 static_cast<const GateImage<E>*>(images), input_maps(p), boundary_map(p, boundary), segments, ends);
+                 static_cast<const GateImage<E>*>(images), input_maps(p), boundary_map(p, boundary), segments, ends, cut);
   });
-  hopper_join_ends(p, ends);
+  hopper_join_ends(p, ends, cut);
 }
 
 }  // namespace gsa::cuda

@@ -104,7 +104,7 @@ __device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary
       const bool stores_S = leaves && !values && tid == 0;
       if constexpr (leaves)
         if (stores_S && w.begin == 0 && last) {
-          bulk_store(gate_images[c.slot * p.H + head].S, w.S, sizeof(w.S));
+          bulk_store<sizeof(w.S)>(gate_images[c.slot * p.H + head].S, w.S);
           bulk_commit();
         }
       // With images, where there are registers for it, while o1 becomes p, or while p is waited for; the tile stays what it was.

@@ -21,16 +21,17 @@ struct GatesShared {  // of a bank
 
 // plain: for hopper_walk.cu.
 template <class E, int BANKS, bool plain>
-__global__ __launch_bounds__(kThreads* BANKS, 4 / BANKS) void gates_kernel(const __grid_constant__ Params p, GateImage<E>* images, const int* only) {
+__global__ __launch_bounds__(kThreads* BANKS, 4 / BANKS) void gates_kernel(const __grid_constant__ Params p, GateImage<E>* images, const int* only, const int* some) {
 #if GSA_HOPPER
   after_the_last_kernel();
+  if (some && !*some) return;
   extern __shared__ __align__(1024) char memory[];
   const int head = blockIdx.x % p.H, bank = __shfl_sync(0xffffffffu, threadIdx.x / kThreads, 0), own = threadIdx.x % kThreads;
   auto& m = reinterpret_cast<GatesShared<E>*>(memory)[bank];
   Chunk c;
   GateImage<E>& image = images[blockIdx.x * BANKS + bank];
   if (!find_chunk(p, blockIdx.x / p.H, kChunk, c)) {
-    if (own == 0) image.cut = 0;
+    if (own == 0) *reinterpret_cast<int4*>(&image.cut) = int4{};
     return;
   }
   if (only && !only[c.seq.n * p.H + head]) return;
@@ -40,7 +41,7 @@ __global__ __launch_bounds__(kThreads* BANKS, 4 / BANKS) void gates_kernel(const
   gates.sums(0, c.length, before, total);
   bool cut = !gates.safe(total) && gates.cut(c.length) != 1;
   if constexpr (BANKS > 1) cut = __syncthreads_or(cut);
-  if (own == 0) image.cut = cut;
+  if (own == 0) *reinterpret_cast<int4*>(&image.cut) = make_int4(cut, 0, 0, 0);  // what is brought with it, too
   if (cut) {
     const float2 decay = gates.to_end(c.length, [&](int i, float x, float y) { gates.s[i][0] *= x, gates.s[i][1] *= y; });
     if (gates.warp == 0) {
@@ -50,6 +51,8 @@ __global__ __launch_bounds__(kThreads* BANKS, 4 / BANKS) void gates_kernel(const
     const uint32_t to = gates.first_S(m.S[0]), piece = gates.piece_S();
 #pragma unroll
     for (int i = 0; i < 8; ++i) gates.store_S(to, piece, i);
+    if constexpr (BANKS > 1)  // pairs_kernel reads it before it knows
+      for (int i = own; i < kTile / 4; i += kThreads) reinterpret_cast<float4*>(image.R)[i] = float4{};
   } else {
     if (gates.warp == 0) gates.store_edges(image.start, image.in, image.out, total);
     gates.make(0, c.length, before, total);
@@ -58,7 +61,7 @@ __global__ __launch_bounds__(kThreads* BANKS, 4 / BANKS) void gates_kernel(const
   publish();
   sync(1 + bank, kThreads);
   if (own == 0) {
-    bulk_store(image.S, m.S, sizeof(image.S));
+    bulk_store<sizeof(image.S)>(image.S, m.S);
     bulk_commit();
   }
   if (cut) {
@@ -67,7 +70,7 @@ __global__ __launch_bounds__(kThreads* BANKS, 4 / BANKS) void gates_kernel(const
   }
   if constexpr (plain) {
     if (own == 0) {
-      bulk_store(image.R, m.R, sizeof(m.R));
+      bulk_store<sizeof(m.R)>(image.R, m.R);
       bulk_commit();
       bulk_wait();
     }
@@ -86,11 +89,11 @@ __global__ __launch_bounds__(kThreads* BANKS, 4 / BANKS) void gates_kernel(const
 
 }  // namespace
 
-void hopper_gates(const Params& p, void* images, bool plain, const int* only) {
+void hopper_gates(const Params& p, void* images, bool plain, const int* only, const int* some) {
   const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, kChunk);
   auto run = [&]<class E, int BANKS, bool plain>() {
     launch_early("hopper_gates", gates_kernel<E, BANKS, plain>, slots * p.H, kThreads * BANKS, sizeof(GatesShared<E>) * BANKS, p.stream, p,
-                 static_cast<GateImage<E>*>(images), only);
+                 static_cast<GateImage<E>*>(images), only, some);
   };
   auto with = [&]<class E>() {
     if (banks_of(p) == 2) run.template operator()<E, 2, false>();

@@ -219,6 +219,7 @@ __global__ __launch_bounds__(256, 2) void queries_kernel(const __grid_constant__
                                                          int heads, const __grid_constant__ InputMaps maps, const __grid_constant__ CUtensorMap states) {
 #if GSA_HOPPER
   after_the_last_kernel();
+  if (w.all_elsewhere()) return;
   extern __shared__ __align__(1024) char memory[];
   using Shared = QueriesShared<E, D>;
   constexpr int kThreads = 256, width = D / 2;  // dimensions of a warpgroup
@@ -303,7 +304,7 @@ __global__ __launch_bounds__(256, 2) void queries_kernel(const __grid_constant__
 #pragma unroll
       for (int x = 0; x < 4; ++x) {
         const int side = x / 2, part = x % 2;
-        bulk_store(save.Y[side][part], m.Y[side] + part * kTile, kTile * 2);
+        bulk_store<kTile * 2>(save.Y[side][part], m.Y[side] + part * kTile);
       }
       bulk_commit();
     }
@@ -457,7 +458,7 @@ __device__ __forceinline__ void banks_second(const BackwardParams& p, const Back
       if (lane_id() == 0) {
         Saved<E>& save = w.saved[(m.chunk.slot * p.HQ + first_head + h) * 2 + bank];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) bulk_store(save.Y[i / 2][i % 2] + warp * 1024, m.Y[i / 2][bank][i % 2] + warp * 1024, 1024 * 2);
+        for (int i = 0; i < 4; ++i) bulk_store<1024 * 2>(save.Y[i / 2][i % 2] + warp * 1024, m.Y[i / 2][bank][i % 2] + warp * 1024);
         bulk_commit();
       }
       zero(x);

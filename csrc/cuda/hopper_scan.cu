@@ -126,8 +126,8 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
     if (!reverse) {
       store_state<64>(boundary + rows_of_state(slot) * p.M, out, p.M, threadIdx.x, bank);
     } else if (threadIdx.x == 0) {
-      bulk_store(w.E0 + (at * 3 + side) * 64 * D + slice * kTile, out, kTile * 2);
-      if (side) bulk_store(w.E0 + (at * 3 + 2) * 64 * D + slice * kTile, out + kTile, kTile * 2);
+      bulk_store<kTile * 2>(w.E0 + (at * 3 + side) * 64 * D + slice * kTile, out);
+      if (side) bulk_store<kTile * 2>(w.E0 + (at * 3 + 2) * 64 * D + slice * kTile, out + kTile);
       bulk_commit();
     }
     if (reverse) {  // <H, dH>

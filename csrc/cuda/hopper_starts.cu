@@ -5,7 +5,7 @@
 //                      relative to the chunk's end no factor is above 1: exact for any gates, resets (-inf) too, without windows. Chunks of which the gates leave nothing
 //                      at the end of the part (remembered_chunks) are left out.
 //     join_kernel      H <- decay H + that of the part, from the initial state on; the states at the beginning of segments. For hopper_ends.cu, in reverse: dH <- decay dH
-//                      + that of the segment; the cotangents at the end of segments
+//                      + that of the segment; the cotangents at the end of segments. Behind `cut`, flags [N, H], whether any is set
 //
 // Two warpgroups make the gates together, then one has the keys' state in its registers, the other the values'. S is an operand in two parts. Two blocks on a
 // multiprocessor: while one makes gates the other multiplies. In memory: of each part Hk, Hv, decay; join_kernel leaves in the last one before a segment what that begins with.
@@ -107,8 +107,14 @@ __global__ __launch_bounds__(kThreads, 2) void starts_kernel(const __grid_consta
 
 // Four elements of a state a thread.
 template <bool reverse>
-__global__ __launch_bounds__(kJoinThreads) void join_kernel(const __grid_constant__ Params p, const __grid_constant__ Segments segments, float* starts) {
+__global__ __launch_bounds__(kJoinThreads) void join_kernel(const __grid_constant__ Params p, const __grid_constant__ Segments segments, float* starts, int* cut) {
   after_the_last_kernel();
+  if (reverse && blockIdx.x == 0) {
+    int some = 0;
+    for (int64_t i = threadIdx.x; i < p.N * p.H; i += kJoinThreads) some |= cut[i];
+    some = __syncthreads_or(some);
+    if (threadIdx.x == 0) cut[p.N * p.H] = some;
+  }
   const int size = (p.K + p.V) * p.M, blocks = (size / 4 + kJoinThreads - 1) / kJoinThreads, i = (blockIdx.x % blocks * kJoinThreads + threadIdx.x) * 4;
   const int64_t head = blockIdx.x / blocks % p.H, n = blockIdx.x / blocks / p.H, each = start_floats(p);
   if (i >= size) return;
@@ -141,14 +147,14 @@ __global__ __launch_bounds__(kJoinThreads) void join_kernel(const __grid_constan
 }
 
 template <bool reverse>
-void join(const Params& p, const Segments& segments, float* parts) {
+void join(const Params& p, const Segments& segments, float* parts, int* cut) {
   const int64_t blocks = ceil_div(int64_t(p.K + p.V) * p.M / 4, int64_t(kJoinThreads)) * p.H * p.N;
-  launch_early("hopper_join", join_kernel<reverse>, blocks, kJoinThreads, 0, p.stream, p, segments, parts);
+  launch_early("hopper_join", join_kernel<reverse>, blocks, kJoinThreads, 0, p.stream, p, segments, parts, cut);
 }
 
 }  // namespace
 
-void hopper_join_ends(const Params& p, float* ends) { join<true>(p, hopper_segments(p).undivided(), ends); }
+void hopper_join_ends(const Params& p, float* ends, int* cut) { join<true>(p, hopper_segments(p).undivided(), ends, cut); }
 
 void hopper_starts(const Params& p, float* starts) {
   const Segments segments = hopper_segments(p);
@@ -156,7 +162,7 @@ void hopper_starts(const Params& p, float* starts) {
     launch_early("hopper_starts", starts_kernel<E, D>, p.N * segments.before() * p.H, kThreads, sizeof(StartsShared<E, D>), p.stream, p, input_maps(p),
                  segments, starts);
   });
-  join<false>(p, segments, starts);
+  join<false>(p, segments, starts, nullptr);
 }
 
 }  // namespace gsa::cuda

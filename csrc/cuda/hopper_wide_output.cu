@@ -177,7 +177,7 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_scores_kernel(const __gr
   publish();
   __syncthreads();
   if (threadIdx.x == 0) {
-    bulk_store(scores + c.slot * p.HQ + q_head, A, sizeof(A));
+    bulk_store<sizeof(A)>(scores + c.slot * p.HQ + q_head, A);
     bulk_commit();
     bulk_wait();
   }

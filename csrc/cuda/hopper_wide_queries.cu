@@ -245,7 +245,7 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_queries_kernel(const __g
     return;
   }
   if (threadIdx.x == 0) {
-    for (int side = 0; side < 2; ++side) bulk_store(save.Y[side], m.tiles[2 * side], sizeof(save.Y[side]));
+    for (int side = 0; side < 2; ++side) bulk_store<sizeof(save.Y[side])>(save.Y[side], m.tiles[2 * side]);
     bulk_commit();
   }
   const E* const Yk = m.tiles[0];
@@ -309,8 +309,8 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_queries_kernel(const __g
   publish();
   __syncthreads();
   if (threadIdx.x == 0) {
-    for (int i = 0; i < 3; ++i) bulk_store(save.A[i], m.tiles[6] + i * kTile, kTile * 2);  // in pieces: initcheck does not see all of a larger one
-    bulk_store(save.A[3], m.X[0], kTile * 2);
+    for (int i = 0; i < 3; ++i) bulk_store<kTile * 2>(save.A[i], m.tiles[6] + i * kTile);  // in pieces: initcheck does not see all of a larger one
+    bulk_store<kTile * 2>(save.A[3], m.X[0]);
     bulk_commit();
     bulk_wait();
   }

@@ -359,8 +359,10 @@ struct TokenSums {
 template <class E, int D>
 __global__ __launch_bounds__(256, 2) void wide_gates_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ Backward<E> w) {
 #if GSA_HOPPER
+  __shared__ alignas(1024) E S_tile[2][kTile];
   __shared__ float totals[2][2][4][32];
   __shared__ float edge[kSlots];
+  __shared__ uint64_t S_full;
   const int r = p.HQ / p.H, head = blockIdx.x % p.H;
   Chunk c;
   if (!find_chunk(p, slot_by_time(p, blockIdx.x / p.H, false), kChunk, c)) return;
@@ -372,6 +374,12 @@ __global__ __launch_bounds__(256, 2) void wide_gates_kernel(const __grid_constan
   const WalkSums<D>& sums = sums_of<D>(w, at);
   const bool cut = image.cut, coupled = p.s.ptr == nullptr;
   float T[4][4], U[4][4], F[4][4], S[4][4], outer[4][4];  // F: R, or exp(G_end - G); then write strengths, of several windows exp(g)
+  if (threadIdx.x == 0) {
+    init(&S_full, 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    arrive_expecting(&S_full, sizeof(S_tile));
+    bulk_load(S_tile, image.S, sizeof(S_tile), &S_full);
+  }
   if (threadIdx.x < kSlots) {
     float sum = 0.f;
 #pragma unroll
@@ -389,18 +397,11 @@ __global__ __launch_bounds__(256, 2) void wide_gates_kernel(const __grid_constan
   get(outer, sums.outer[0] + half * 2048, tid);
 #pragma unroll
   for (int i = 1; i < Share<D>::clusters; ++i) plus(outer, sums.outer[i]);
-#pragma unroll
-  for (int t = 0; t < 4; ++t) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int j = row + 8 * i, place = j * 64 + (((half * 4 + t) ^ (j & 7)) << 3) + frag_col();  // at()
-      const float2 hi = unpack<E>(*reinterpret_cast<const uint32_t*>(image.S[0] + place)),
-                   lo = unpack<E>(*reinterpret_cast<const uint32_t*>(image.S[1] + place));
-      S[t][2 * i] = hi.x + lo.x, S[t][2 * i + 1] = hi.y + lo.y;
-    }
-  }
 #pragma unroll 1
   for (int q = 1; q < r; ++q) plus(T, saved[q].T), plus(U, saved[q].U);
+  __syncthreads();  // S_full is there
+  wait(&S_full, 0);
+  get_both(S, S_tile[0], half * 32, warp);
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
 #pragma unroll

@@ -86,7 +86,7 @@ __global__ void bulk_kernel(const float* x, float* o) {
     tile[tid] = 2 * y;
     if (kind != Copy::no_barrier) __syncthreads();
     if (tid == 0) {
-      bulk_store(o + round * kThreads, tile, kThreads * 4);
+      bulk_store<kThreads * 4>(o + round * kThreads, tile);
       bulk_commit();
       if (kind != Copy::store_source_written && (kind != Copy::ends_before_stores || round + 1 < kRounds)) bulk_wait();
     }

@@ -91,8 +91,16 @@ __device__ inline void bulk_load(void* to, const void* from, uint32_t bytes, uin
                "r"(address(barrier))
                : "memory");
 }
-__device__ inline void bulk_store(void* to, const void* from, uint32_t bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(address(from)), "r"(bytes) : "memory");
+// In pieces: of larger ones compute-sanitizer's initcheck misses a part.
+template <uint32_t bytes>
+__device__ inline void bulk_store(void* to, const void* from) {
+  constexpr uint32_t piece = 8192;
+  static_assert(bytes % 16 == 0);
+#pragma unroll
+  for (uint32_t i = 0; i < bytes; i += piece)
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(static_cast<char*>(to) + i), "r"(address(from) + i),
+                 "r"(std::min(piece, bytes - i))
+                 : "memory");
 }
 // As far as the L2.
 __device__ inline void bulk_prefetch(const void* from, uint32_t bytes) {
@@ -976,10 +984,11 @@ struct Backward {
   GateImage<E>* gates;  // [slots][heads][banks]
   E* E0;  // [slots][heads][banks][keys, values, what rounding dropped of the values][D / 64] tiles [slot][dimension]
   float* edge;  // [slots][heads][banks][keys, values][D / 64][64]: exp(G_end) <H, dH>, in parts
-  const int* only;
+  const int *only, *some;
   explicit Backward(const BackwardWorkspace& w)
-      : saved(static_cast<Saved<E>*>(w.saved)), gates(static_cast<GateImage<E>*>(w.gates)), E0(static_cast<E*>(w.E0)), edge(w.edge), only(w.only) {}
-  // Whether another kernel does this one.
+      : saved(static_cast<Saved<E>*>(w.saved)), gates(static_cast<GateImage<E>*>(w.gates)), E0(static_cast<E*>(w.E0)), edge(w.edge), only(w.only), some(w.some) {}
+  // Whether another kernel does all, or this one.
+  __device__ bool all_elsewhere() const { return some && !*some; }
   __device__ bool elsewhere(const Params& p, int64_t n, int head) const { return only && !only[n * p.H + head]; }
 };
 
