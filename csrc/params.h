@@ -98,7 +98,7 @@ struct PoolParams {
   bool indices_64 = false;
   struct Part {
     void* pool = nullptr;               // [P, size] bf16
-    float* rows = nullptr;              // [N, size]; of padding: not touched
+    float* rows = nullptr;              // [N, size]; of padding: zeros or what was there, never used
     int64_t size = 0;
   } parts[3];                           // Hk, Hv and, in ABC, z
   int32_t* numbers = nullptr;           // [N] written by widen: n, -1 for padding; the state_indices that belong to `rows`

@@ -207,7 +207,7 @@ __device__ __forceinline__ void fused_side(const BackwardParams& p, FusedShared<
         state_products(sum, H, dH, warp);
         sum[0] *= w.in[row], sum[1] *= w.in[row + 8];
         if ((lane_id() & 3) == 0) m.edge[values][row] = sum[0], m.edge[values][row + 8] = sum[1];
-        arrive_warp(&m.H_free[values]);
+        arrive(&m.H_free[values]);
       }
       {  // dk or dv
         float x[8][4];
@@ -257,7 +257,7 @@ __device__ __forceinline__ void fused_side(const BackwardParams& p, FusedShared<
         const auto X = split<E>(x);
         products_wait<0>();
         hand_over(dH);
-        if (first) arrive_warp(&m.A_free[values]);
+        if (first) arrive(&m.A_free[values]);
         scale_rows(dH, w.in[row], w.in[row + 8]);
         zero(inner);
         hand_over(inner);
@@ -272,7 +272,7 @@ __device__ __forceinline__ void fused_side(const BackwardParams& p, FusedShared<
         products_wait<0>();
         hand_over(inner);
         hand_over(outer);
-        if (first) arrive_warp(&m.B_free[values]);
+        if (first) arrive(&m.B_free[values]);
       }
 
       // ds in the place of outer, dg's sums from the back in that of o, from the front in that of inner
@@ -341,7 +341,7 @@ __device__ __forceinline__ void fused_side(const BackwardParams& p, FusedShared<
             dg[t][2 * h] -= (1.f - S.x * f.x) * outer[t][2 * h], dg[t][2 * h + 1] -= (1.f - S.y * f.y) * outer[t][2 * h + 1];
           }
       }
-      arrive_warp(&m.window_free);
+      arrive(&m.window_free);
       sync(kBoth, 256);  // both are done with the exchange
       // The keys' side writes dg, the values' ds: each gives the other its part.
 #pragma unroll
@@ -372,7 +372,7 @@ __device__ __forceinline__ void fused_side(const BackwardParams& p, FusedShared<
         }
       }
       sync(kBoth, 256);  // both have read it
-      arrive_warp(&m.exchange_free);
+      arrive(&m.exchange_free);
     }
   }
   if (float* out = static_cast<float*>(values ? p.dhv0 : p.dhk0)) store_registers(out + (n * p.H + head) * D * p.M, dH, values, D, p.M, warp);
@@ -389,8 +389,8 @@ __global__ __launch_bounds__(384, 1) void fused_kernel(const __grid_constant__ B
   if (!cut[n * p.H + head]) return;
   const int role = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), tid = threadIdx.x % 128;
   if (threadIdx.x == 0) {
-    init(&m.full, 128), init(&m.window_free, 8), init(&m.exchange_free, 8);
-    for (int i = 0; i < 2; ++i) init(m.A_free + i, 4), init(m.B_free + i, 4), init(m.H_free + i, 4);
+    init(&m.full, 128), init(&m.window_free, 256), init(&m.exchange_free, 256);  // every thread: racecheck does not see that one speaks for its warp
+    for (int i = 0; i < 2; ++i) init(m.A_free + i, 128), init(m.B_free + i, 128), init(m.H_free + i, 128);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();

@@ -14,13 +14,15 @@ struct alignas(4 * sizeof(T)) Four {
   T x[4];
 };
 
-// Blocks of `parts` to a sequence. T: of the pool. gather: pool -> rows, else back; then padding gets its o, where f has one.
+// Blocks of `parts` to a sequence. T: of the pool. gather: pool -> rows, of padding zeros; else back, and padding gets its o, where f has one.
 template <class T, bool gather>
 __global__ __launch_bounds__(kThreads) void move_states(const __grid_constant__ PoolParams p, const __grid_constant__ ForwardParams f, int parts) {
   const int64_t part = blockIdx.x % parts, n = blockIdx.x / parts, row = state_row(p, n);
   if (gather && p.numbers && part == 0 && threadIdx.x == 0) p.numbers[n] = row < 0 ? -1 : static_cast<int32_t>(n);
   if (row < 0) {
     for (int64_t q_head = part; !gather && f.o.ptr && q_head < f.HQ; q_head += parts) zero_padding(f, n, q_head);
+    for (const auto& x : p.parts)
+      for (int64_t i = part * kThreads + threadIdx.x; gather && i < x.size; i += int64_t(parts) * kThreads) x.rows[n * x.size + i] = 0.f;
     return;
   }
   for (const auto& x : p.parts) {
