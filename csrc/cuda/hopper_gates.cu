@@ -21,7 +21,8 @@ struct GatesShared {  // of a bank
 
 // plain: for hopper_walk.cu.
 template <class E, int BANKS, bool plain>
-__global__ __launch_bounds__(kThreads* BANKS, 4 / BANKS) void gates_kernel(const __grid_constant__ Params p, GateImage<E>* images, const int* only, const int* some) {
+__global__ __launch_bounds__(kThreads* BANKS, 4 / BANKS) void gates_kernel(const __grid_constant__ Params p, GateImage<E>* images, const int* only,
+                                                                           const int* some) {
 #if GSA_HOPPER
   after_the_last_kernel();
   if (some && !*some) return;

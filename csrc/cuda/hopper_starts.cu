@@ -107,7 +107,8 @@ __global__ __launch_bounds__(kThreads, 2) void starts_kernel(const __grid_consta
 
 // Four elements of a state a thread.
 template <bool reverse>
-__global__ __launch_bounds__(kJoinThreads) void join_kernel(const __grid_constant__ Params p, const __grid_constant__ Segments segments, float* starts, int* cut) {
+__global__ __launch_bounds__(kJoinThreads) void join_kernel(const __grid_constant__ Params p, const __grid_constant__ Segments segments, float* starts,
+                                                            int* cut) {
   after_the_last_kernel();
   if (reverse && blockIdx.x == 0) {
     int some = 0;

@@ -986,7 +986,12 @@ struct Backward {
   float* edge;  // [slots][heads][banks][keys, values][D / 64][64]: exp(G_end) <H, dH>, in parts
   const int *only, *some;
   explicit Backward(const BackwardWorkspace& w)
-      : saved(static_cast<Saved<E>*>(w.saved)), gates(static_cast<GateImage<E>*>(w.gates)), E0(static_cast<E*>(w.E0)), edge(w.edge), only(w.only), some(w.some) {}
+      : saved(static_cast<Saved<E>*>(w.saved)),
+        gates(static_cast<GateImage<E>*>(w.gates)),
+        E0(static_cast<E*>(w.E0)),
+        edge(w.edge),
+        only(w.only),
+        some(w.some) {}
   // Whether another kernel does all, or this one.
   __device__ bool all_elsewhere() const { return some && !*some; }
   __device__ bool elsewhere(const Params& p, int64_t n, int head) const { return only && !only[n * p.H + head]; }
