@@ -150,6 +150,7 @@ def lengths_that_are_wrong(device):
 
 
 def ran(cases) -> int:
+    """Under the sanitizer alone; an assertion ends it."""
     for op, x in cases:
         o = testing.results(op, x, gradients=op is not stepwise)["o"]
         assert o.isfinite().all() and (o.numel() == 0 or o.ne(0).any())

@@ -55,7 +55,8 @@ void hopper_forward_states(const ForwardParams& p, void* boundary, void* images,
 
 // What depends on the gates alone: a GateImage (core/hopper.cuh) for each chunk, key/value head and bank.
 int64_t hopper_gates_bytes(const Params& p);
-void hopper_gates(const Params& p, void* images, bool plain = false, const int* only = nullptr, const int* some = nullptr);  // plain: R as hopper_walk reads it
+// plain: R as hopper_walk reads it. only, some: BackwardWorkspace's.
+void hopper_gates(const Params& p, void* images, bool plain = false, const int* only = nullptr, const int* some = nullptr);
 // After hopper_gates: the boundary states, and the final states that p asks for. products: room for hopper_products_bytes where hopper_few, else nullptr.
 void hopper_states(const ForwardParams& p, const void* images, void* boundary, float* products, bool keys_only = false);
 // After hopper_states: o.
@@ -76,7 +77,8 @@ void hopper_backward(const BackwardParams& p);
 // for [N, H] numbers; hopper_fused does those, or where there are several segments the parts.
 void hopper_walk(const BackwardParams& p, const void* boundary, const void* images, int* cut, const float* ends);
 void hopper_fused(const BackwardParams& p, const void* boundary, const int* cut);
-// The cotangents of the states at the end of each segment but the last, in room for hopper_starts_floats. `cut`: as hopper_walk notes it, and behind it whether there are any.
+// The cotangents of the states at the end of each segment but the last, in room for hopper_starts_floats. `cut`: what hopper_walk
+// will note, and behind the [N, H] numbers whether any is set (known before the walk: two lines there cost it a tenth of its time).
 void hopper_ends(const BackwardParams& p, const void* boundary, const void* images, float* ends, int* cut);
 void hopper_join_ends(const Params& p, float* ends, int* cut);
 
@@ -85,7 +87,7 @@ struct BackwardWorkspace {
   void *gates, *saved, *E0;
   float *edge, *products;  // products: as in hopper_states
   const int* only = nullptr;  // [N, H] numbers: nothing is done for those with a 0
-  const int* some = nullptr;  // 0: all of them are 0, and a block that finds nothing to do may end before it has looked what it could have done
+  const int* some = nullptr;  // whether any of `only` is set: if not, blocks end before they have looked for their chunk
 };
 int hopper_query_heads(const Params& p);  // that a block of hopper_queries has: of so many e is one
 void hopper_queries(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w);

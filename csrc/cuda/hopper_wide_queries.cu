@@ -309,7 +309,7 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_queries_kernel(const __g
   publish();
   __syncthreads();
   if (threadIdx.x == 0) {
-    for (int i = 0; i < 3; ++i) bulk_store<kTile * 2>(save.A[i], m.tiles[6] + i * kTile);  // in pieces: initcheck does not see all of a larger one
+    for (int i = 0; i < 3; ++i) bulk_store<kTile * 2>(save.A[i], m.tiles[6] + i * kTile);
     bulk_store<kTile * 2>(save.A[3], m.X[0]);
     bulk_commit();
     bulk_wait();

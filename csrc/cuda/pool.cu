@@ -21,8 +21,9 @@ __global__ __launch_bounds__(kThreads) void move_states(const __grid_constant__ 
   if (gather && p.numbers && part == 0 && threadIdx.x == 0) p.numbers[n] = row < 0 ? -1 : static_cast<int32_t>(n);
   if (row < 0) {
     for (int64_t q_head = part; !gather && f.o.ptr && q_head < f.HQ; q_head += parts) zero_padding(f, n, q_head);
-    for (const auto& x : p.parts)
-      for (int64_t i = part * kThreads + threadIdx.x; gather && i < x.size; i += int64_t(parts) * kThreads) x.rows[n * x.size + i] = 0.f;
+    if constexpr (gather)
+      for (const auto& x : p.parts)
+        for (int64_t i = part * kThreads + threadIdx.x; i < x.size; i += int64_t(parts) * kThreads) x.rows[n * x.size + i] = 0.f;
     return;
   }
   for (const auto& x : p.parts) {
