@@ -1,9 +1,11 @@
 """One run, one process: ours, flash-linear-attention's Triton kernels (where installed), softmax attention, and the floor.
 
-Calls alternate between the contestants, on inputs that rotate through more memory than the caches hold; medians are printed. On a GPU they are times of the
-GPU: it is kept busy while Python issues a call. The floor is the time
-to read every input once and write every output once (k, v and g once per key/value head) at the copy bandwidth measured between the same calls. The
-results that are timed are compared with fp64 in the same run. Ratios of one run are what counts: figures move by a tenth from run to run.
+The contestants take turns, on inputs that rotate through more memory than the caches hold; medians are printed. On a GPU they are times of the
+GPU: it is kept busy while Python issues a call. There a turn is a tenth of a second of calls that do not count and then half as long of calls that do: who
+follows softmax attention of a long sequence would otherwise be measured at the clocks which that left behind (power). The file says clocks and power of
+each, as nvidia-smi sees them. The floor is the time to read every input once and write every output once (k, v and g once per key/value head) at the copy
+bandwidth measured in the same turns. The results that are timed are compared with fp64 in the same run. Ratios of one run are what counts: figures move by a
+tenth from run to run.
 
 Memory (CUDA): the most that was allocated during a call, less what was allocated before it (inputs, cotangent, kernels' lasting buffers): "beyond inputs".
 Less the bytes of the gradients of all inputs as well: "beyond inputs and gradients", what a training step needs more than it must; the output, and what is
@@ -24,11 +26,14 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -249,6 +254,22 @@ def alternate(calls: dict[str, Callable[[int], Any]], cuda: bool, seconds: float
     return {name: statistics.median(values) for name, values in turns(calls, cuda, seconds, cover).items()}
 
 
+def timed(call: Callable[[int], Any], turn: int, cuda: bool, busy: Callable[[int], Any] | None) -> float:
+    """ms of a call; busy: called before it."""
+    if not cuda:
+        start = time.perf_counter()
+        call(turn)
+        return (time.perf_counter() - start) * 1e3
+    a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    if busy:
+        busy(turn)
+    a.record()
+    call(turn)
+    b.record()
+    b.synchronize()
+    return a.elapsed_time(b)
+
+
 def turns(calls: dict[str, Callable[[int], Any]], cuda: bool, seconds: float, cover: bool = True) -> dict[str, list[float]]:
     """ms of each call in each turn. cover: a copy of half a millisecond keeps the GPU busy while Python issues the call, which then is timed as in a stream of
     others: the time on the GPU alone, with cold caches; else with the time until its first kernel starts."""
@@ -258,25 +279,67 @@ def turns(calls: dict[str, Callable[[int], Any]], cuda: bool, seconds: float, co
     turn = -2 if cuda else -1  # turns to warm up
     while turn < 3 or (turn < 30 and time.perf_counter() - began < seconds):
         for name, call in calls.items():
-            if not cuda:
-                start = time.perf_counter()
-                call(turn)
-                elapsed = (time.perf_counter() - start) * 1e3
-            else:
-                a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                if busy:
-                    busy(turn)
-                a.record()
-                call(turn)
-                b.record()
-                b.synchronize()
-                elapsed = a.elapsed_time(b)
+            elapsed = timed(call, turn, cuda, busy)
             if turn >= 0:
                 times[name].append(elapsed)
         turn += 1
         if turn >= 1 and time.perf_counter() - began > 20 * seconds:  # one turn of something very slow
             break
     return times
+
+
+SETTLE = 0.1  # seconds: after softmax attention of 65536 tokens an H200 needs some 0.05 to be at the clocks of what it does now
+
+
+def steady(calls: dict[str, Callable[[int], Any]], cuda: bool, seconds: float) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Median ms of each call in turns of its own, at the clocks of its own (CPU: as ``alternate``); and the clocks, MHz, and the power, W, of each."""
+    if not cuda:
+        return alternate(calls, cuda, seconds), {}
+    busy = copier(torch.device("cuda"))[0]
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    spans: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    began, number = time.time(), 0
+    with Clocks() as clocks:
+        for _ in range(30):
+            for name, call in calls.items():
+                start = time.time()
+                while time.time() < start + SETTLE:
+                    timed(call, number := number + 1, cuda, busy)
+                counted = time.time()
+                while not times[name] or time.time() < counted + SETTLE / 2:
+                    times[name].append(timed(call, number := number + 1, cuda, busy))
+                spans[name].append((counted, time.time()))
+            if time.time() > began + seconds and min(map(len, spans.values())) >= 3:
+                break
+    return {name: statistics.median(values) for name, values in times.items()}, {name: found for name in calls if (found := clocks.during(spans[name]))}
+
+
+class Clocks:
+    """What nvidia-smi says of the current device while the ``with`` lasts, every 20 ms. Without nvidia-smi: nothing."""
+
+    def __enter__(self) -> Clocks:
+        which = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+        command = ["nvidia-smi", f"--id=GPU-{which}", "--query-gpu=timestamp,clocks.sm,power.draw.instant", "--format=csv,noheader,nounits", "-lms", "20"]
+        self.file = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(command, stdout=self.file, stderr=subprocess.DEVNULL) if shutil.which(command[0]) else None
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.process:
+            self.process.terminate()
+            self.process.wait()
+        self.file.seek(0)
+        self.samples = []
+        for line in self.file:
+            with contextlib.suppress(ValueError):  # a line that was not finished, or [N/A]
+                when, clock, watts = line.split(", ")
+                self.samples.append((datetime.strptime(when, "%Y/%m/%d %H:%M:%S.%f").timestamp(), float(clock), float(watts)))
+        self.file.close()
+
+    def during(self, spans: list[tuple[float, float]]) -> dict[str, float]:
+        """Medians over spans of time.time()."""
+        those = [sample[1:] for sample in self.samples if any(start <= sample[0] <= end for start, end in spans)]
+        return {name: statistics.median(values) for name, values in zip(("MHz", "W"), zip(*those))}
 
 
 def copier(device: torch.device) -> tuple[Callable[[int], Any], int]:
@@ -298,7 +361,7 @@ def sequence(shape: Shape, device: torch.device, peers: bool, seconds: float) ->
     for what, nbytes in traffic(shape).items():
         calls = {c.name: passes(c, what != "forward") for c in entries}
         memory = {name: peak(call) for name, call in calls.items()} if cuda else {}
-        ms = alternate({**calls, "copy": copy}, cuda, seconds)
+        ms, clocks = steady({**calls, "copy": copy}, cuda, seconds)
         bandwidth = copied / ms.pop("copy") * 1e3
         floor = nbytes / bandwidth * 1e3
         row = {
@@ -306,7 +369,7 @@ def sequence(shape: Shape, device: torch.device, peers: bool, seconds: float) ->
             "GBps": nbytes / ms["ours"] / 1e6, "percent_of_floor": 100 * floor / ms["ours"],
             "peak_MiB": {name: beyond for name, (beyond, _) in memory.items()}, "peak_MiB_beyond_gradients": {name: less for name, (_, less) in memory.items()},
             "speedup": {name: value / ms["ours"] for name, value in ms.items() if name != "ours"},
-            "errors": errors, "correct": correct, "notes": notes,
+            "errors": errors, "correct": correct, "notes": notes, "clocks": clocks,
         }  # fmt: skip
         show(row)
         rows.append(row)

@@ -5,8 +5,9 @@
 "packed" is 32 random lengths in 64 Ki tokens, beside the same tokens as 32 sequences of 2048, packed too. "slices" reads q, k and v out of one tensor
 [B, T, (HQ + 2 H) D], beside three. On a GPU these are times of the GPU: a call is one of two in a CUDA graph, so that 0.3 ms of kernels do not wait for
 Python. The two take turns; a ratio is the median, over the turns, of one's time by the other's in the same turn, with its quartiles. Short sequences say
-how many kernels a call launches and how long the GPU works in them (a profile), beside the time of a call issued from Python. The first call is the first
-of a process, less the fastest of those that follow it, torch and CUDA being up.
+how many kernels a call launches and how long the GPU works in them (a profile), beside the time of a call issued from Python to an idle GPU; and of 100 calls
+in a row the time each took until the GPU was done, and until Python had issued them: what the first is more, kernels add to launches. The first call is the
+first of a process, less the fastest of those that follow it, torch and CUDA being up.
 """
 
 from __future__ import annotations
@@ -83,7 +84,19 @@ def short(shape: Shape, device: torch.device) -> dict[str, Any]:
             torch.cuda.synchronize()
         events = [event for event in profile.events() if "CUDA" in str(event.device_type)]
         row |= {f"{name}_launches": len(events), f"{name}_gpu_ms": sum(event.self_device_time_total for event in events) / 1e3}
+        row |= dict(zip((f"{name}_in_a_row_ms", f"{name}_issued_ms"), map(statistics.median, zip(*(in_a_row(call, 100) for _ in range(7))))))
     return row
+
+
+def in_a_row(call: Callable[[int], Any], count: int) -> tuple[float, float]:
+    """ms of each of so many calls until the GPU is done, and until Python has issued them (fewer kernels than the GPU's queue holds)."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for turn in range(count):
+        call(turn)
+    issued = time.perf_counter()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3 / count, (issued - start) * 1e3 / count
 
 
 def packed(shape: Shape, device: torch.device) -> dict[str, Any]:

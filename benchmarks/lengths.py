@@ -4,7 +4,7 @@
 
 B is 1 throughout: one sequence that grows, as a context does. So the work grows with T (linearly but for softmax attention) and, where T is small, the GPU
 is not full, which a batch that makes up for T would hide. s and g are given; the peer and softmax attention get k, v (s, g) repeated to the query heads
-beforehand. Calls alternate as in python -m benchmarks, which also compares the results of ours with fp64; medians, of three turns where a call is slow.
+beforehand. They take turns as in python -m benchmarks, which also compares the results of ours with fp64; medians, of three turns where a call is slow.
 They are times of the GPU, without what Python needs to issue a call: short ones take longer by themselves. Whoever would take more than a second a call, by
 the last length and the growth up to it, is not run, and the figure says so.
 """
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.__main__ import Shape, alternate, contestants, copier, passes, traffic
+from benchmarks.__main__ import Shape, contestants, copier, passes, steady, traffic
 from benchmarks.peer import peer_version
 from benchmarks.report import Report
 
@@ -72,10 +72,10 @@ def expected(rows: list[dict[str, Any]], name: str, T: int) -> float:
 def measure(shape: Shape, device: torch.device, names: list[str], seconds: float) -> dict[str, Any]:
     entries, notes = contestants(shape, device, True, names)
     copy, copied = copier(device)
-    ms = alternate({**{NAMES[c.name]: passes(c, True) for c in entries}, "copy": copy}, device.type == "cuda", seconds)
+    ms, clocks = steady({**{NAMES[c.name]: passes(c, True) for c in entries}, "copy": copy}, device.type == "cuda", seconds)
     bandwidth = copied / ms.pop("copy") * 1e3
     ms["floor"] = traffic(shape)["forward+backward"] / bandwidth * 1e3
-    return {"shape": str(shape), **shape._asdict(), "what": "forward+backward", "ms": ms, "copy_GBps": bandwidth / 1e9, "notes": notes}
+    return {"shape": str(shape), **shape._asdict(), "what": "forward+backward", "ms": ms, "copy_GBps": bandwidth / 1e9, "notes": notes, "clocks": clocks}
 
 
 def show(row: dict[str, Any]) -> None:

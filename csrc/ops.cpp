@@ -138,6 +138,15 @@ Tensor initial_states(const Tensor& h0, const std::vector<int64_t>& shape, const
 
 // ------------------------------------------------------------------------------------------------------------ chunk, recurrent
 
+// Room for the states at the chunk boundaries. Zeros where the kernels write nothing, for slots that belong to no chunk are part of the output, too: the last ones of each
+// of `sequences` of `chunks` chunks; where these are packed (0), and on the CPU, which keeps no states, everywhere.
+Tensor kept_states(at::IntArrayRef shape, int64_t sequences, int64_t chunks, const Tensor& q) {
+  if (!q.is_cuda() || sequences == 0) return at::zeros(shape, q.options());
+  const Tensor x = at::empty(shape, q.options());
+  x.unflatten(0, {sequences, shape[0] / sequences}).slice(1, chunks).zero_();
+  return x;
+}
+
 void check_level(int64_t level) { TORCH_CHECK_VALUE(level >= 0 && level <= 2, "checkpoint_level: expected 0, 1 or 2, given ", level); }
 
 Four chunk(const Tensor& q_, const Tensor& k_, const Tensor& v_, const OptTensor& s_, const Tensor& g_, OptDouble scale, const OptTensor& hk0_,
@@ -155,8 +164,7 @@ Four chunk(const Tensor& q_, const Tensor& k_, const Tensor& v_, const OptTensor
   const bool keep = checkpoint_level < 2;
   const int64_t C = chunk_length(p.q.dtype, p.math, p.M);
   const int64_t slots = boundary_slots(p.B, p.T, p.N, cu_.has_value(), C);
-  // Zeros: slots that belong to no chunk are part of the output too.
-  boundary = keep ? at::zeros({slots, p.H, p.K + p.V, p.M}, q_.options()) : at::empty({0}, q_.options());
+  boundary = keep ? kept_states({slots, p.H, p.K + p.V, p.M}, cu_ ? 0 : p.B, (p.T + C - 1) / C, q_) : at::empty({0}, q_.options());
   if (p.B == 0 || p.T == 0 || p.N == 0) {
     o.zero_();
     boundary.zero_();

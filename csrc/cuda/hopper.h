@@ -6,9 +6,10 @@
 
 namespace gsa::cuda {
 
-// What the copy engine is told of a tensor [B, T, heads, D] of 16 bits: it brings 64 columns of a head, of 64 tokens or of one. Beyond the tensor is nothing but zeros.
+// What the copy engine is told of a tensor [B, T, heads, D] of 16 bits: it brings 64 columns of a head, of 64 tokens, of eight or of one. Beyond the tensor is nothing
+// but zeros.
 struct TokenMap {
-  CUtensorMap tokens, token;
+  CUtensorMap tokens, eight, token;
 };
 struct InputMaps {
   TokenMap q, k, v, d_o;

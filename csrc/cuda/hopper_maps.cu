@@ -40,7 +40,8 @@ CUtensorMap map_of(const void* ptr, DType dtype, const int64_t (&size)[RANK], co
 TokenMap token_map(const Params& p, const View& x, int heads, int dim) {
   if (p.T == 0) return {};
   auto of = [&](int tokens) { return map_of<4>(x.ptr, x.dtype, {dim, heads, p.T, p.B}, {x.head, x.token, x.batch}, {64, 1, tokens, 1}); };
-  return {of(hopper::kChunk), p.reverse || p.cu_seqlens ? of(1) : CUtensorMap{}};  // whole chunks in order are all that there is else
+  // Whole chunks in order are all that there is but in reverse and where sequences are packed.
+  return {of(hopper::kChunk), p.cu_seqlens ? of(8) : CUtensorMap{}, p.reverse || p.cu_seqlens ? of(1) : CUtensorMap{}};
 }
 
 }  // namespace

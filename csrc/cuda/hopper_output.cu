@@ -163,7 +163,7 @@ template <class E, int D, int BANKS>
 __device__ __forceinline__ void send_keys(OutputShared<E, D, BANKS>& m, const ForwardParams& p, const Chunk& c, int head, const InputMaps& maps,
                                           const CUtensorMap& states) {
   arrive_expecting(&m.k_full, (1 + BANKS) * 64 * D * 2);
-  bring_tokens<D>(m.k(), maps.k, p, c, head, &m.k_full);
+  bring_tokens<D, true>(m.k(), maps.k, p, c, head, &m.k_full);
   for (int b = 0; b < BANKS; ++b) bring_state<D>(m.Hk(b), states, (c.slot * p.H + head) * 2 * D, &m.k_full, b);
 }
 template <class E, int D, int BANKS>
@@ -177,13 +177,13 @@ __device__ __forceinline__ void send_values(OutputShared<E, D, BANKS>& m, const 
   }
   bulk_load(m.cut, &images[at * BANKS].cut, sizeof(m.cut), &m.S_full);
   arrive_expecting(&m.v_full, (1 + BANKS) * 64 * D * 2);
-  bring_tokens<D>(m.v, maps.v, p, c, head, &m.v_full);
+  bring_tokens<D, true>(m.v, maps.v, p, c, head, &m.v_full);
   for (int b = 0; b < BANKS; ++b) bring_state<D>(m.Hv[b], states, (at * 2 + 1) * D, &m.v_full, b);
 }
 template <class E, int D, int BANKS>
 __device__ __forceinline__ void send_queries(OutputShared<E, D, BANKS>& m, const ForwardParams& p, const Chunk& c, int head, int pair, const InputMaps& maps) {
   arrive_expecting(m.q_full + pair, 64 * D * 2);
-  bring_tokens<D>(m.q(pair), maps.q, p, c, head, m.q_full + pair);
+  bring_tokens<D, true>(m.q(pair), maps.q, p, c, head, m.q_full + pair);
 }
 template <class E, int D, int BANKS>
 __device__ __forceinline__ void init_barriers(OutputShared<E, D, BANKS>& m) {

@@ -83,7 +83,7 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
     const Chunk c = chunk_of(p, m.sequence, index_of(s), kChunk);
     uint64_t* const full = m.full + stage;
     arrive_expecting(full, (state ? 4 : 3) * kTile * 2);
-    bring_tokens<64>(m.X[stage], x_map, p, c, x_head, full, slice * 64);
+    bring_tokens<64, true>(m.X[stage], x_map, p, c, x_head, full, slice * 64);
     bulk_load(m.Y[stage],
               reverse ? reinterpret_cast<const Left*>(w.saved)[(c.slot * p.HQ + x_head) * banks + bank].Y[side][0] : w.gates[c.slot * heads + id].S[0],
               2 * kTile * 2, full);

@@ -324,8 +324,9 @@ __device__ inline float2 both_at(uint32_t p) {
   return make_float2(hi.x + lo.x, hi.y + lo.y);
 }
 
-// 64 tokens of a head, D columns from `column` on, zero where the chunk has ended: 128 D bytes for the barrier. By one thread.
-template <int D, class E>
+// 64 tokens of a head, D columns from `column` on, zero where the chunk has ended: 128 D bytes for the barrier. By one thread. eights: of a packed chunk that is
+// not whole eight at a time, not one by one, where there are eight or none. Forward alone: in backward's kernels it costs registers.
+template <int D, bool eights = false, class E>
 __device__ inline void bring_tokens(E* tiles, const TokenMap& map, const Params& p, const Chunk& c, int head, uint64_t* barrier, int column = 0) {
   const int first = static_cast<int>(c.first), batch = static_cast<int>(c.batch);
   if (!p.reverse && (c.length == kChunk || !p.cu_seqlens)) {  // what is not packed ends with the tensor
@@ -333,10 +334,18 @@ __device__ inline void bring_tokens(E* tiles, const TokenMap& map, const Params&
     for (int g = 0; g < D / 64; ++g) load_box(tiles + g * kTile, map.tokens, column + g * 64, head, first, batch, barrier);
   } else {
 #pragma unroll 1
-    for (int i = 0; i < kChunk; ++i)
+    for (int i = 0; i < kChunk; ++i) {
+      if constexpr (eights)
+        if (!p.reverse && i % 8 == 0 && (c.length - i >= 8 || c.length <= i)) {
+#pragma unroll
+          for (int g = 0; g < D / 64; ++g) load_box(tiles + g * kTile + i * 64, map.eight, column + g * 64, head, i < c.length ? first + i : -8, batch, barrier);
+          i += 7;
+          continue;
+        }
 #pragma unroll
       for (int g = 0; g < D / 64; ++g)
         load_box(tiles + g * kTile + i * 64, map.token, column + g * 64, head, i < c.length ? first + i * c.step : -1, batch, barrier);
+    }
   }
 }
 // The rows of a bank of a boundary state [D][M] from `row` on, zero from slot M on: 128 D bytes. By one thread.
