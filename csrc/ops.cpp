@@ -140,11 +140,26 @@ Tensor initial_states(const Tensor& h0, const std::vector<int64_t>& shape, const
 
 // Room for the states at the chunk boundaries. Zeros where the kernels write nothing, for slots that belong to no chunk are part of the output, too: the last ones of each
 // of `sequences` of `chunks` chunks; where these are packed (0), and on the CPU, which keeps no states, everywhere.
-Tensor kept_states(at::IntArrayRef shape, int64_t sequences, int64_t chunks, const Tensor& q) {
-  if (!q.is_cuda() || sequences == 0) return at::zeros(shape, q.options());
-  const Tensor x = at::empty(shape, q.options());
-  x.unflatten(0, {sequences, shape[0] / sequences}).slice(1, chunks).zero_();
+// gates: so many slots' room more, behind them, for Params::gates, all of which the kernels write, up to the last slot's end, or none.
+Tensor kept_states(at::IntArrayRef shape, int64_t gates, bool written, int64_t sequences, int64_t chunks, const Tensor& q) {
+  std::vector<int64_t> all = shape.vec();
+  all[0] += gates;
+  if (!q.is_cuda() || sequences == 0 || (gates && !written)) return at::zeros(all, q.options());
+  const Tensor x = at::empty(all, q.options());
+  x.slice(0, 0, shape[0]).unflatten(0, {sequences, shape[0] / sequences}).slice(1, chunks).zero_();
+  if (gates) x.slice(0, all[0] - 1).zero_();
   return x;
+}
+// Of the gates of so many slots. Sizes that are symbolic are decided here, where it may be one of those that count.
+template <class Int, class Size>
+Int slots_of_gates(const Int& slots, DType dtype, const Size& K, const Size& V, const Size& M) {
+  const auto number = [](const Size& x) {
+    if constexpr (std::is_same_v<Size, c10::SymInt>) return x.guard_int(__FILE__, __LINE__);
+    else return int64_t(x);
+  };
+  if (dtype != DType::bf16 && dtype != DType::f16) return slots * 0;
+  const int64_t slot = (number(K) + number(V)) * number(M) * 2, gates = kept_gates(dtype, number(K), number(V), number(M));
+  return gates ? (slots * gates + (slot - 1)) / slot : slots * 0;
 }
 
 void check_level(int64_t level) { TORCH_CHECK_VALUE(level >= 0 && level <= 2, "checkpoint_level: expected 0, 1 or 2, given ", level); }
@@ -164,7 +179,9 @@ Four chunk(const Tensor& q_, const Tensor& k_, const Tensor& v_, const OptTensor
   const bool keep = checkpoint_level < 2;
   const int64_t C = chunk_length(p.q.dtype, p.math, p.M);
   const int64_t slots = boundary_slots(p.B, p.T, p.N, cu_.has_value(), C);
-  boundary = keep ? kept_states({slots, p.H, p.K + p.V, p.M}, cu_ ? 0 : p.B, (p.T + C - 1) / C, q_) : at::empty({0}, q_.options());
+  const bool gates_written = GSA_CALL(q_, keeps_gates)(p);
+  const int64_t gates = checkpoint_level == 0 ? slots_of_gates(slots, p.q.dtype, p.K, p.V, p.M) : 0;
+  boundary = keep ? kept_states({slots, p.H, p.K + p.V, p.M}, gates, gates_written, cu_ ? 0 : p.B, (p.T + C - 1) / C, q_) : at::empty({0}, q_.options());
   if (p.B == 0 || p.T == 0 || p.N == 0) {
     o.zero_();
     boundary.zero_();
@@ -177,6 +194,7 @@ Four chunk(const Tensor& q_, const Tensor& k_, const Tensor& v_, const OptTensor
   p.o = view(o);
   if (output_final_state) p.hkT = hk.data_ptr(), p.hvT = hv.data_ptr();
   if (keep) p.boundary = boundary.data_ptr();
+  if (gates && gates_written) p.gates = boundary[slots].data_ptr();
   const Tensor w = workspace(p, GSA_CALL(q_, forward_workspace)(p), q_);
   GSA_CALL(q_, chunk_forward)(p);
   return {o, hk, hv, boundary};
@@ -220,7 +238,9 @@ Four chunk_meta(const Tensor& q, const Tensor& k, const Tensor& v, const OptTens
   // chunk_length's steps in M are decided here once (a guard), the number of slots stays symbolic.
   const int64_t C = chunk_length(dtype_of(q.scalar_type()), Math::native, d.M <= 64 ? 64 : d.M <= 128 ? 128 : 256);
   const Sym slots = d.packed ? d.T / C + d.N * 2 : d.N * (d.T / C + 2);
-  return {o, hk, hv, at::empty_symint({slots, d.H, d.K + d.V, d.M}, q.options())};
+  Sym kept = slots;
+  if (checkpoint_level == 0) kept = kept + slots_of_gates(slots, dtype_of(q.scalar_type()), d.K, d.V, d.M);
+  return {o, hk, hv, at::empty_symint({kept, d.H, d.K + d.V, d.M}, q.options())};
 }
 
 Three recurrent_meta(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& s, const Tensor& g, OptDouble scale, const OptTensor& hk0,
@@ -332,7 +352,11 @@ Seven chunk_backward(const OptTensor& d_o_, const OptTensor& d_hk_, const OptTen
     if (dhk.defined()) p.dhkT = dhk.data_ptr();
     if (dhv.defined()) p.dhvT = dhv.data_ptr();
     if (has_state) p.dhk0 = dhk0.data_ptr(), p.dhv0 = dhv0.data_ptr();
-    if (boundary_ && boundary_->numel() > 0) p.boundary = boundary_->data_ptr();
+    if (boundary_ && boundary_->numel() > 0) {
+      const int64_t slots = boundary_slots(p.B, p.T, p.N, cu_.has_value(), chunk_length(p.q.dtype, p.math, p.M));
+      p.boundary = boundary_->data_ptr();
+      if (boundary_->size(0) > slots && GSA_CALL(q_, keeps_gates)(p)) p.gates = (*boundary_)[slots].data_ptr();
+    }
     const Tensor w = workspace(p, GSA_CALL(q_, backward_workspace)(p), q_);
     GSA_CALL(q_, chunk_backward)(p);
   }

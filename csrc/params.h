@@ -49,6 +49,8 @@ struct Params {
   // Boundary states: the states before each chunk of chunk_length() tokens of each sequence, [slots, H, K + V, M]: rows 0..K-1 are Hk,
   // rows K..K+V-1 are Hv transposed. Type: q's dtype, or fp32 under Math::exact. nullptr: not kept (forward) / to be recomputed (backward).
   void* boundary = nullptr;
+  // What depends on the gates alone, of every chunk, where kernels keep that (kept_gates): made forward, read backward. nullptr: not kept / to be made again.
+  void* gates = nullptr;
 
   void* stream = nullptr;             // cudaStream_t
   void* workspace = nullptr;          // workspace_bytes() bytes on the tensors' device
@@ -218,7 +220,16 @@ constexpr int64_t boundary_slot(bool packed, int64_t begin, int64_t T, int64_t n
   return packed ? first_slot(begin, n, C) : n * (T / C + 2);
 }
 
+// Bytes of Params::gates for each boundary slot and key/value head; 0: not kept. By shapes alone, too, and so taken up also where the kernels for Hopper, which keep it,
+// do not run.
+constexpr int64_t kGateImage = 33664;  // GateImage, core/hopper.cuh
+constexpr int64_t kept_gates(DType dtype, int64_t K, int64_t V, int64_t M) {
+  const bool kept = (dtype == DType::bf16 || dtype == DType::f16) && K == V && (K == 64 || K == 128) && M <= 128 && M % 8 == 0;
+  return kept ? kGateImage * (M <= 64 ? 1 : 2) : 0;
+}
+
 #define GSA_BACKEND                             \
+  bool keeps_gates(const Params&);              \
   int64_t forward_workspace(const Params&);     \
   int64_t backward_workspace(const Params&);    \
   void chunk_forward(const ForwardParams&);     \

@@ -71,7 +71,9 @@ def chunk_gsa(
             number of packed sequences; N = 1 is the same start for all of them.
         output_final_state: return the states after the last token, ready to be handed on as ``initial_state``.
         checkpoint_level: 0, 1 or 2. Levels 0 and 1 keep the chunk-boundary states for backward, level 2 (default) recomputes them, as does every
-            level where fp32 inputs are multiplied in TF32. No bit of any result depends on it.
+            level where fp32 inputs are multiplied in TF32. Level 0 keeps what depends on the gates alone, too, for the kernels for Hopper (16-bit
+            inputs, K = V = 64 or 128, M a multiple of 8 up to 128): a state, and as much again for every 64 slots, for each 64 tokens and key/value
+            head. No bit of any result depends on the level.
         cu_seqlens: ``[N + 1]`` int32 or int64, on q's device: B must be 1, and tokens ``cu_seqlens[n]:cu_seqlens[n+1]`` are sequence n. Never read back
             to the host; contents are checked when they are on the CPU, or anywhere after :func:`gsa_ext.set_checks`.
         cu_seqlens_cpu: accepted for compatibility; where given, its contents are checked.

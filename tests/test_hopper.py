@@ -123,13 +123,33 @@ def test_wide_gates_beside_narrow_inputs(cuda):
         check(chunk_gsa, make_inputs(1, 70, 2, 1, 64, 64, 16, mode=mode, dtype=BF16, gate_dtype=torch.float32, initial_state=True, device=cuda))
 
 
-@pytest.mark.parametrize("D,M,r", [(128, 64, 1), (128, 64, 3), (128, 128, 2), (512, 64, 1), (512, 64, 3)])
+@pytest.mark.parametrize("D,M,r", [(128, 64, 1), (128, 64, 3), (128, 128, 2), (64, 40, 1), (512, 64, 1), (512, 64, 3)])
 def test_same_bits_again_and_at_any_checkpoint_level(D, M, r, cuda):
-    for gate in (8.0, 0.1):
-        x = make_inputs(2, 200, 2 * r, 2, D, D, M, gate=gate, dtype=BF16, device=cuda, initial_state=True)
-        runs = [testing.results(lambda **y: chunk_gsa(**y, checkpoint_level=level), x) for level in (2, 2, 0)]  # noqa: B023
+    for gate, sizes in ((8.0, {"B": 2, "T": 200}), ("mixed", {"B": 2, "T": 200}), ("mixed", {"lengths": [70, 0, 64, 130]})):
+        x = make_inputs(**sizes, HQ=2 * r, H=2, K=D, V=D, M=M, gate=gate, dtype=BF16, device=cuda, initial_state=True)
+        runs = [testing.results(lambda **y: chunk_gsa(**y, checkpoint_level=level), x) for level in (2, 2, 1, 0)]  # noqa: B023
         for name, other in itertools.product(runs[0], runs[1:]):
             assert torch.equal(runs[0][name], other[name]), name
+
+
+@in_parts
+def test_gates_are_kept_as_they_are(cuda):
+    """Backward, even of chunks whose gates it has to take apart, leaves what forward kept: it may come again."""
+    x = make_inputs(2, 200, 4, 2, 64, 64, 40, gate="mixed", mode="given", dtype=BF16, device=cuda)
+    o, _, _, kept = torch.ops.gsa.chunk(x["q"], x["k"], x["v"], x["s"], x["g"], None, None, None, None, False, 0)
+    before = kept.clone()
+    grads = [torch.ops.gsa.chunk_backward(o, None, None, x["q"], x["k"], x["v"], x["s"], x["g"], None, None, None, None, kept, False, False) for _ in range(2)]
+    assert torch.equal(kept.view(torch.int16), before.view(torch.int16)) and kept[2 * (200 // 64 + 2):].ne(0).any()
+    for one, again in zip(*grads):
+        assert torch.equal(one, again)
+
+
+@once
+def test_opcheck_of_kept_gates(cuda):
+    for sizes in ({"B": 2, "T": 70}, {"lengths": [5, 0, 66]}):
+        x = make_inputs(**sizes, HQ=2, H=2, K=64, V=64, M=16, mode="given", gate="mixed", dtype=BF16, device=cuda)
+        arguments = x["q"], x["k"], x["v"], x["s"], x["g"], 0.3, None, None, x.get("cu_seqlens"), False, 0
+        torch.library.opcheck(torch.ops.gsa.chunk.default, arguments)
 
 
 @in_parts

@@ -104,6 +104,7 @@ template <bool widen> void convert_states(const PoolParams& p) {
 void widen_states(const PoolParams& p) { convert_states<true>(p); }
 void narrow_states(const PoolParams& p) { convert_states<false>(p); }
 
+bool keeps_gates(const Params&) { return false; }
 int64_t forward_workspace(const Params&) { return 0; }
 int64_t backward_workspace(const Params&) { return 0; }
 int64_t recurrent_workspace(const Params&) { return 0; }

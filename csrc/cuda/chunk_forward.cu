@@ -158,18 +158,18 @@ struct Beside {
 };
 
 // The workspace after that. A group of query heads shares its gates, parts need them for every chunk. Where backward goes in parts the states are made as it would make
-// them again, and may find them kept.
+// them again, and may find them kept. Gates that are kept are made here for backward, whether forward alone would need them or not.
 struct HopperPlan {
   bool walks, shared, images, few;
   int64_t cut, starts, states, products, bytes;   // offsets; the images are at 0
   explicit HopperPlan(const Params& p)
       : walks(hopper_walks(p)),
         shared(!walks || p.HQ > p.H),
-        images(shared || (p.boundary && !hopper_fuses(p))),
-        few(images && (!walks || p.boundary) && hopper_few(p)) {
+        images(shared || p.gates || (p.boundary && !hopper_fuses(p))),
+        few(!hopper_fuses(p) && images && (!walks || p.boundary) && hopper_few(p)) {
     const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, chunk_length(p.q.dtype, p.math, p.M));
-    cut = images ? arena(hopper_gates_bytes(p), 1) : 0;
-    starts = cut + (shared && walks ? arena(p.N * p.H * hopper_segments(p).count, 4) : 0);
+    cut = images && !p.gates ? arena(hopper_gates_bytes(p), 1) : 0;
+    starts = cut + (walks && images ? arena(p.N * p.H * hopper_segments(p).count, 4) : 0);
     states = starts + arena(hopper_starts_floats(p), 4);
     products = states + (walks || p.boundary ? 0 : arena(slots * p.H * (p.K + p.V) * p.M, 2));
     bytes = products + (few ? arena(hopper_products_bytes(p), 1) : hopper_wide(p) ? arena(hopper_wide_scores_bytes(p), 1) : 0);
@@ -178,23 +178,25 @@ struct HopperPlan {
 
 void forward_for_hopper(const ForwardParams& p) {
   const HopperPlan at(p);
-  char* const images = static_cast<char*>(p.workspace);
-  float* const starts = hopper_segments(p).count > 1 ? reinterpret_cast<float*>(images + at.starts) : nullptr;
+  char* const room = static_cast<char*>(p.workspace);
+  void* const images = p.gates ? p.gates : room;
+  int* const cut = reinterpret_cast<int*>(room + at.cut);
+  float* const starts = hopper_segments(p).count > 1 ? reinterpret_cast<float*>(room + at.starts) : nullptr;
   if (starts) hopper_starts(p, starts);
-  if (hopper_fuses(p)) return hopper_forward(p, p.boundary, nullptr, nullptr, starts);
-  float* const products = at.few ? reinterpret_cast<float*>(images + at.products) : nullptr;
-  if (at.images) hopper_gates(p, images);
+  if (at.images) hopper_gates(p, images, hopper_fuses(p));
+  if (hopper_fuses(p)) return at.images ? hopper_forward(p, p.boundary, images, cut, starts, true) : hopper_forward(p, p.boundary, nullptr, nullptr, starts);
+  float* const products = at.few ? reinterpret_cast<float*>(room + at.products) : nullptr;
   if (!at.walks) {
-    void* const states = p.boundary ? p.boundary : images + at.states;
+    void* const states = p.boundary ? p.boundary : room + at.states;
     hopper_states(p, images, states, products, hopper_wide(p));
-    return hopper_wide(p) ? hopper_wide_output(p, states, images, images + at.products) : hopper_output(p, states, images);
+    return hopper_wide(p) ? hopper_wide_output(p, states, images, room + at.products) : hopper_output(p, states, images);
   }
   if (p.boundary) {
     ForwardParams states_only{};
     static_cast<Params&>(states_only) = p;
     hopper_states(states_only, images, p.boundary, products);
   }
-  at.shared ? hopper_forward(p, nullptr, images, reinterpret_cast<int*>(images + at.cut), starts) : hopper_forward(p, nullptr, nullptr, nullptr, starts);
+  at.shared ? hopper_forward(p, nullptr, images, cut, starts) : hopper_forward(p, nullptr, nullptr, nullptr, starts);
 }
 
 }  // namespace
@@ -209,6 +211,8 @@ Params without_boundary(Params p) {
   p.boundary = nullptr;
   return p;
 }
+
+bool keeps_gates(const Params& p) { return hopper_takes(p) && kept_gates(p.q.dtype, p.K, p.V, p.M); }
 
 int64_t forward_workspace(const Params& p) {
   if (p.math == Math::tf32 && p.boundary) return std::max(states_workspace(without_boundary(p)), states_workspace(exactly(p)));

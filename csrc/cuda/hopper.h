@@ -41,8 +41,8 @@ inline bool hopper_fuses(const Params& p) { return p.HQ == p.H && hopper_walks(p
 
 // boundary: the states before each chunk are written there; nullptr: not kept. p.o.ptr == nullptr: states only. images: of hopper_gates, which take less time than
 // making the same gates for every query head; with them `cut`, room for [N, segments, H] numbers. nullptr: made here. starts: of hopper_starts, where there are several
-// segments.
-void hopper_forward(const ForwardParams& p, void* boundary, const void* images = nullptr, int* cut = nullptr, const float* starts = nullptr);
+// segments. plain: what images are, as in hopper_gates.
+void hopper_forward(const ForwardParams& p, void* boundary, const void* images = nullptr, int* cut = nullptr, const float* starts = nullptr, bool plain = false);
 // The states at the beginning of each segment but the first, in room for hopper_starts_floats.
 void hopper_starts(const Params& p, float* starts);
 __host__ __device__ inline int64_t start_floats(const Params& p) { return int64_t(p.K + p.V) * p.M + 64; }  // of a scan: Hk, Hv, and the decays of all slots
@@ -87,6 +87,7 @@ void hopper_join_ends(const Params& p, float* ends, int* cut);
 struct BackwardWorkspace {
   void *gates, *saved, *E0;
   float *edge, *products;  // products: as in hopper_states
+  void* factors = nullptr;  // Backward's, where the gates are kept
   const int* only = nullptr;  // [N, H] numbers: nothing is done for those with a 0
   const int* some = nullptr;  // whether any of `only` is set: if not, blocks end before they have looked for their chunk
 };

@@ -28,7 +28,7 @@ struct Plan {
     const bool walks = hopper_fuses(whole);
     const Params& p = walks ? whole : slice;
     if (!p.boundary) boundary = take(slots_of(p) * p.H * (p.K + p.V) * p.M * 2);
-    gates = take(hopper_gates_bytes(p));
+    if (!p.gates || !walks_alone(whole)) gates = take(hopper_gates_bytes(p));  // kept: factors; after segments, what is cut in the parts' order
     if (walks) cut = take((p.N * p.H + 1) * 4), starts = take(hopper_starts_floats(p) * 4);
     if (walks_alone(whole)) return;
     const int64_t slots = slots_of(slice), banks = hopper::banks_of(p), chunks = slots * p.H * banks;
@@ -53,7 +53,9 @@ BackwardParams sequences(const BackwardParams& p, int64_t n, int64_t count) {
     if (s && !broadcast) s = const_cast<char*>(static_cast<const char*>(s)) + n * p.H * p.K * p.M * 4;
   };
   state(x.hk0, p.h0_broadcast), state(x.hv0, p.h0_broadcast), state(x.dhkT), state(x.dhvT), state(x.dhk0), state(x.dhv0);
-  if (x.boundary) x.boundary = static_cast<char*>(x.boundary) + boundary_slot(false, 0, p.T, n, hopper::kChunk) * p.H * (p.K + p.V) * p.M * 2;
+  const int64_t slot = boundary_slot(false, 0, p.T, n, hopper::kChunk);
+  if (x.boundary) x.boundary = static_cast<char*>(x.boundary) + slot * p.H * (p.K + p.V) * p.M * 2;
+  if (x.gates) x.gates = static_cast<char*>(x.gates) + slot * p.H * kept_gates(p.q.dtype, p.K, p.V, p.M);
   return x;
 }
 
@@ -97,15 +99,16 @@ void hopper_backward(const BackwardParams& whole) {
     int* const cut = reinterpret_cast<int*>(base + plan.cut);
     float* const starts = reinterpret_cast<float*>(base + plan.starts);  // then the ends
     const bool segments = hopper_segments(p).count > 1;
+    const void* const gates = p.gates ? p.gates : w.gates;
     if (p.boundary) {
-      hopper_gates(p, w.gates, true);
+      if (!p.gates) hopper_gates(p, w.gates, true);
     } else {
       p.boundary = base + plan.boundary;
       if (segments) hopper_starts(p, starts);
       hopper_forward_states(states_only(whole), p.boundary, w.gates, starts);
     }
-    if (segments) hopper_ends(p, p.boundary, w.gates, starts, cut);
-    hopper_walk(p, p.boundary, w.gates, cut, starts);
+    if (segments) hopper_ends(p, p.boundary, gates, starts, cut);
+    hopper_walk(p, p.boundary, gates, cut, starts);
     if (!segments) return hopper_fused(p, p.boundary, cut);
     w.some = cut + p.N * p.H;
     for (int i = 0; i < count; ++i) {  // what is cut
@@ -121,7 +124,8 @@ void hopper_backward(const BackwardParams& whole) {
   for (int i = 0; i < count; ++i) {
     const BackwardParams p = count == 1 ? whole : sequences(whole, each * i, each);
     void* const boundary = p.boundary ? p.boundary : base + plan.boundary;
-    hopper_gates(p, w.gates);
+    if (p.gates) w.factors = base + plan.gates, w.gates = p.gates;
+    else hopper_gates(p, w.gates);
     if (!p.boundary) hopper_states(states_only(p), w.gates, boundary, w.products);
     parts(p, boundary, w);
   }

@@ -81,7 +81,7 @@ __global__ __launch_bounds__(kThreads, 4) void products_kernel(const __grid_cons
     wait(full + h % kStages, h / kStages & 1);
     publish();
     __syncthreads();
-    if (cut) from_the_beginning(tiles.Y, image.R, c.length);
+    if (cut) from_the_beginning(tiles.Y, w.factors[id / 2].R, c.length);
     hand_over(P);
     products_begin();
     product<E, 4, 1, 1>(P, mnmajor(tiles.Y[0]), mnmajor(tiles.X), h > 0);

@@ -8,7 +8,8 @@
 // Four warpgroups: two make the windows (R, S, ref; core/hopper.cuh), one has the keys, one the values, a window behind, and both bring their tokens, a chunk ahead.
 // X and A2 are operands in two parts (16 + 16 bits), S too: what is rounded to 16 bits is the states as operands, and P in front of them. Query heads of a group have
 // a block each and share k, v and g through the cache; the first of them writes the states. Making a window takes longer than using it: for a group the windows are
-// made once, by hopper_gates.cu, and one thread brings them and the tokens (`images`); sequences and heads with a chunk of several are left to a second launch.
+// made once, by hopper_gates.cu, and one thread brings them and the tokens (`images`); sequences and heads with a chunk of several are left to a second launch. So are
+// those that are kept for the backward walk, which reads R in another order (`plain`).
 // With few sequences and heads a block has a segment of a sequence, begins with the state that hopper_starts.cu has found for it, and is otherwise none the wiser.
 //
 //     shared memory        written by        read by           barriers (full / empty)
@@ -27,12 +28,12 @@ namespace {
 
 using namespace hopper;
 
-template <class E>
-struct alignas(1024) ImageWindow : GateImage<E> {};
+template <class Image>
+struct alignas(1024) ImageWindow : Image {};
 
-template <class E, int D, bool images>
+template <class E, int D, bool images, bool plain>
 struct ForwardShared {
-  using Gates = std::conditional_t<images, ImageWindow<E>, Window<E>>;
+  using Gates = std::conditional_t<images, ImageWindow<std::conditional_t<plain, PlainImage<E>, GateImage<E>>>, Window<E>>;
   E q[2][64 * D], k[2][64 * D], v[2][64 * D];
   Gates windows[2];
   E H[2][64 * D];  // [D][64] of the keys, of the values
@@ -53,8 +54,8 @@ struct Turn {
 };
 
 // The keys' warpgroup, or the values'.
-template <class E, int D, bool images, bool leaves, bool values>
-__device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary, ForwardShared<E, D, images>& m, Chunk c, int64_t n, int64_t head,
+template <class E, int D, bool images, bool plain, bool leaves, bool values>
+__device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary, ForwardShared<E, D, images, plain>& m, Chunk c, int64_t n, int64_t head,
                                              int64_t q_head, const float* start, GateImage<E>* gate_images) {
   const int tid = threadIdx.x % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0);
   const bool outputs = !leaves && p.o.ptr != nullptr, owner = q_head % (p.HQ / p.H) == 0;
@@ -183,14 +184,14 @@ __device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary
 template <bool images>
 constexpr int kThreads = images ? 384 : 512;
 
-template <class E, int D, bool images, bool leaves>
+template <class E, int D, bool images, bool leaves, bool plain>
 __global__ __launch_bounds__(kThreads<images>, 1) void forward_kernel(const __grid_constant__ ForwardParams p, const __grid_constant__ InputMaps maps,
                                                                       E* boundary, GateImage<E>* gate_images, int* cut,
                                                                       const __grid_constant__ Segments segments, const float* starts) {
 #if GSA_HOPPER
   after_the_last_kernel();
   extern __shared__ __align__(1024) char memory[];
-  auto& m = *reinterpret_cast<ForwardShared<E, D, images>*>(memory);
+  auto& m = *reinterpret_cast<ForwardShared<E, D, images, plain>*>(memory);
   const int64_t q_head = blockIdx.x % p.HQ, item = longest_first(p, blockIdx.x / p.HQ, m.found), head = q_head / (p.HQ / p.H);
   if (!images && cut && !cut[item * p.H + head]) return;
   const int segment = static_cast<uint32_t>(item) % static_cast<uint32_t>(segments.count);
@@ -291,8 +292,8 @@ __global__ __launch_bounds__(kThreads<images>, 1) void forward_kernel(const __gr
     return;
   }
   take_registers<images ? 232 : leaves ? 136 : 168>();
-  if (role == 1) forward_half<E, D, images, leaves, false>(p, boundary, m, c, n, head, q_head, start, gate_images);
-  else forward_half<E, D, images, leaves, true>(p, boundary, m, c, n, head, q_head, start, gate_images);
+  if (role == 1) forward_half<E, D, images, plain, leaves, false>(p, boundary, m, c, n, head, q_head, start, gate_images);
+  else forward_half<E, D, images, plain, leaves, true>(p, boundary, m, c, n, head, q_head, start, gate_images);
 #endif
 }
 
@@ -341,23 +342,23 @@ Segments hopper_segments(const Params& p) {
   return {static_cast<int>(ceil_div(chunks, each * scans)), static_cast<int>(scans), static_cast<int>(each)};
 }
 
-void hopper_forward(const ForwardParams& p, void* boundary, const void* images, int* cut, const float* starts) {
+void hopper_forward(const ForwardParams& p, void* boundary, const void* images, int* cut, const float* starts, bool plain) {
   const Segments segments = hopper_segments(p);
   select_hopper(p, [&]<class E, int D>() {
-    auto run = [&]<bool brought>() {
-      launch("hopper_forward", forward_kernel<E, D, brought, false>, p.N * segments.count * p.HQ, kThreads<brought>, sizeof(ForwardShared<E, D, brought>),
-             p.stream, p, brought ? input_maps(static_cast<const Params&>(p)) : InputMaps{}, static_cast<E*>(boundary),
+    auto run = [&]<bool brought, bool plain>() {
+      launch("hopper_forward", forward_kernel<E, D, brought, false, plain>, p.N * segments.count * p.HQ, kThreads<brought>,
+             sizeof(ForwardShared<E, D, brought, plain>), p.stream, p, brought ? input_maps(static_cast<const Params&>(p)) : InputMaps{}, static_cast<E*>(boundary),
              static_cast<GateImage<E>*>(const_cast<void*>(images)), cut, segments, starts);
     };
-    if (images) run.template operator()<true>();
-    run.template operator()<false>();
+    if (images) plain ? run.template operator()<true, true>() : run.template operator()<true, false>();
+    run.template operator()<false, false>();
   });
 }
 
 void hopper_forward_states(const ForwardParams& p, void* boundary, void* images, const float* starts) {
   const Segments segments = hopper_segments(p);
   select_hopper(p, [&]<class E, int D>() {
-    launch("hopper_forward", forward_kernel<E, D, false, true>, p.N * segments.count * p.HQ, kThreads<false>, sizeof(ForwardShared<E, D, false>), p.stream, p,
+    launch("hopper_forward", forward_kernel<E, D, false, true, false>, p.N * segments.count * p.HQ, kThreads<false>, sizeof(ForwardShared<E, D, false, false>), p.stream, p,
            InputMaps{}, static_cast<E*>(boundary), static_cast<GateImage<E>*>(images), static_cast<int*>(nullptr), segments, starts);
   });
 }

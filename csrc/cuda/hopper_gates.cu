@@ -32,7 +32,7 @@ __global__ __launch_bounds__(kThreads* BANKS, 4 / BANKS) void gates_kernel(const
   Chunk c;
   GateImage<E>& image = images[blockIdx.x * BANKS + bank];
   if (!find_chunk(p, blockIdx.x / p.H, kChunk, c)) {
-    if (own == 0) *reinterpret_cast<int4*>(&image.cut) = int4{};
+    for (int i = own; i < static_cast<int>(sizeof(image) / 16); i += kThreads) reinterpret_cast<int4*>(&image)[i] = int4{};
     return;
   }
   if (only && !only[c.seq.n * p.H + head]) return;
@@ -42,18 +42,18 @@ __global__ __launch_bounds__(kThreads* BANKS, 4 / BANKS) void gates_kernel(const
   gates.sums(0, c.length, before, total);
   bool cut = !gates.safe(total) && gates.cut(c.length) != 1;
   if constexpr (BANKS > 1) cut = __syncthreads_or(cut);
-  if (own == 0) *reinterpret_cast<int4*>(&image.cut) = make_int4(cut, 0, 0, 0);  // what is brought with it, too
+  if (own < 32) reinterpret_cast<int*>(&image.cut)[own] = own == 0 && cut;  // and what follows: images may be kept, and are written whole
   if (cut) {
     const float2 decay = gates.to_end(c.length, [&](int i, float x, float y) { gates.s[i][0] *= x, gates.s[i][1] *= y; });
     if (gates.warp == 0) {
       *reinterpret_cast<float2*>(image.in + 2 * gates.lane) = decay;
       *reinterpret_cast<float2*>(image.out + 2 * gates.lane) = make_float2(1.f, 1.f);
+      *reinterpret_cast<float2*>(image.start + 2 * gates.lane) = float2{};
     }
     const uint32_t to = gates.first_S(m.S[0]), piece = gates.piece_S();
 #pragma unroll
     for (int i = 0; i < 8; ++i) gates.store_S(to, piece, i);
-    if constexpr (BANKS > 1)  // pairs_kernel reads it before it knows
-      for (int i = own; i < kTile / 4; i += kThreads) reinterpret_cast<float4*>(image.R)[i] = float4{};
+    for (int i = own; i < kTile / 4; i += kThreads) reinterpret_cast<float4*>(image.R)[i] = float4{};  // pairs_kernel reads it before it knows
   } else {
     if (gates.warp == 0) gates.store_edges(image.start, image.in, image.out, total);
     gates.make(0, c.length, before, total);

@@ -149,7 +149,7 @@ __device__ __forceinline__ void exact_queries(const BackwardParams& p, char* mem
     exact_gates<E>(p, slot, head, rows_bank, m.a[rows_bank], m.s[rows_bank]);
     __syncthreads();
     // exp(G) for the cotangents' scan
-    float* const factors = q_head == head * r ? w.gates[(c.slot * p.H + head) * BANKS + rows_bank].R : nullptr;
+    float* const factors = q_head == head * r ? w.factors[(c.slot * p.H + head) * BANKS + rows_bank].R : nullptr;
     exact_apply(m.a[rows_bank], m.s[rows_bank], m.O[rows_bank], m.X[0], m.dp[rows_bank], m.X[1], factors);
     __syncthreads();
     {

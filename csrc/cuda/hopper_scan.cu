@@ -144,7 +144,7 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
 #pragma unroll 1
     do {
       wait(m.full + stage, parity);
-      if (reverse && D <= 128 && f.cut) from_the_beginning(m.Y[stage], w.gates[at].R, m.sequence.length() - index_of(first) * int64_t(kChunk));
+      if (reverse && D <= 128 && f.cut) from_the_beginning(m.Y[stage], w.factors[at].R, m.sequence.length() - index_of(first) * int64_t(kChunk));
       products_begin();
       product<E, 4, 1, 1>(h, mnmajor(m.Y[stage][0]), mnmajor(m.X[stage]), true);
       product<E, 4, 1, 1>(h, mnmajor(m.Y[stage][1]), mnmajor(m.X[stage]), true);

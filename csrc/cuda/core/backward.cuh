@@ -35,17 +35,6 @@ __device__ inline void take_half(float (&o)[4][4], float (&dp)[4][4], const floa
   }
 }
 
-// R of 8 NT slots, from `column` (a multiple of 16) on, from a tile that R_at addresses.
-template <int NT>
-__device__ inline void get_R(float (&R)[NT][4], const float* tile, int row, int column) {
-  const uint32_t from = kept(static_cast<int>(address(tile) + R_at(row, column + frag_col()) * 4));
-#pragma unroll
-  for (int t = 0; t < NT; ++t)
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-      asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(R[t][2 * h]), "=f"(R[t][2 * h + 1]) : "r"((from ^ (t * 32)) + h * 8 * 256) : "memory");
-}
-
 // Write strengths of half of the slots, s = S R.
 template <class E>
 __device__ inline void strengths(float (&s)[4][4], const E* S, const float (&R)[4][4], int half, int row) {

@@ -522,8 +522,7 @@ struct Window {
 };
 static_assert(sizeof(Window<bf16>) % 1024 == 0);
 
-// What hopper_gates.cu leaves for every chunk, key/value head and bank: its window. If it has several, S, in and out of the chunk as a whole, relative to its end;
-// hopper_queries.cu then leaves exp(G) in R, [token][slot].
+// What hopper_gates.cu leaves for every chunk, key/value head and bank: its window. If it has several, S, in and out of the chunk as a whole, relative to its end, and no R.
 template <class E>
 struct GateImage {
   E S[2][kTile];
@@ -532,6 +531,9 @@ struct GateImage {
   int cut;                                                 // whether it has several
   int pad[31];
 };
+static_assert(sizeof(GateImage<bf16>) == kGateImage);
+template <class E>
+struct PlainImage : GateImage<E> {};                       // R at R_at
 
 // The 64 / ROWS warps that make them: thread (warp w, lane l) has ROWS tokens from ROWS w on, of slots 2 l and 2 l + 1. quick: windows that are whole chunks, which
 // nearly all are, in a third of the instructions, and in a copy of the code.
@@ -874,6 +876,17 @@ __device__ inline void keep(float (&x)[8][4], int warp) {
     }
 }
 
+// R of 8 NT slots, from `column` (a multiple of 16) on, from a tile that R_at addresses.
+template <int NT>
+__device__ inline void get_R(float (&R)[NT][4], const float* tile, int row, int column) {
+  const uint32_t from = kept(static_cast<int>(address(tile) + R_at(row, column + frag_col()) * 4));
+#pragma unroll
+  for (int t = 0; t < NT; ++t)
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(R[t][2 * h]), "=f"(R[t][2 * h + 1]) : "r"((from ^ (t * 32)) + h * 8 * 256) : "memory");
+}
+
 // x[i, m] *= R_i
 template <class E>
 __device__ inline void scale_by_R(float (&x)[8][4], const Window<E>& w, int warp) {
@@ -892,6 +905,15 @@ __device__ inline void scale_by_R(float (&x)[8][4], const GateImage<E>& w, int) 
     const float4 y = R[t * 128];
     x[t][0] *= y.x, x[t][1] *= y.y, x[t][2] *= y.z, x[t][3] *= y.w;
   }
+}
+template <class E>
+__device__ inline void scale_by_R(float (&x)[8][4], const PlainImage<E>& w, int warp) {
+  float R[8][4];
+  get_R(R, w.R, warp * 16 + frag_row(), 0);
+#pragma unroll
+  for (int t = 0; t < 8; ++t)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) x[t][e] *= R[t][e];
 }
 // x[i, m] *= f_m
 template <int NT>
@@ -993,12 +1015,14 @@ struct Backward {
   GateImage<E>* gates;  // [slots][heads][banks]
   E* E0;  // [slots][heads][banks][keys, values, what rounding dropped of the values][D / 64] tiles [slot][dimension]
   float* edge;  // [slots][heads][banks][keys, values][D / 64][64]: exp(G_end) <H, dH>, in parts
+  GateImage<E>* factors;  // in the place of R, of a chunk of several windows: exp(G), [token][slot]. The gates, unless these have to stay as they are
   const int *only, *some;
   explicit Backward(const BackwardWorkspace& w)
       : saved(static_cast<Saved<E>*>(w.saved)),
         gates(static_cast<GateImage<E>*>(w.gates)),
         E0(static_cast<E*>(w.E0)),
         edge(w.edge),
+        factors(w.factors ? static_cast<GateImage<E>*>(w.factors) : gates),
         only(w.only),
         some(w.some) {}
   // Whether another kernel does all, or this one.
@@ -1006,7 +1030,7 @@ struct Backward {
   __device__ bool elsewhere(const Params& p, int64_t n, int head) const { return only && !only[n * p.H + head]; }
 };
 
-// A tile Y of a chunk of several windows becomes relative to the chunk's beginning. By a block of 128 threads; `factors`: GateImage::R.
+// A tile Y of a chunk of several windows becomes relative to the chunk's beginning. By a block of 128 threads; `factors`: of Backward.
 template <class E>
 [[maybe_unused]] __device__ __noinline__ void from_the_beginning(E (&Y)[2][kTile], const float* factors, int64_t tokens) {
   const int i = threadIdx.x / 2;
