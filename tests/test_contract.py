@@ -464,7 +464,7 @@ def test_checkpoint_level_changes_no_bit(dtype, mode, device, request):
 
 
 def test_saved_memory(device):
-    """Level 2 saves nothing but its inputs; levels 0 and 1 save the states at chunk boundaries, none per token. (What level 0 keeps for Hopper: test_torch.py.)"""
+    """Level 2 saves nothing but its inputs; levels 0 and 1 save the states at chunk boundaries, none per token. (Gates for Hopper: test_torch.py.)"""
     x = make_inputs(1, 1024, 2, 2, 32, 32, 32, dtype=torch.bfloat16, device=device)
     x = {name: t.requires_grad_() if isinstance(t, torch.Tensor) else t for name, t in x.items()}
     for level, most in ((2, 0), (1, 1024 * 2 * 64 * 32 * 2 / 16), (0, 1024 * 2 * 64 * 32 * 2 / 16)):

@@ -144,11 +144,12 @@ States forward_states(const Params& p, void* hkT, void* hvT, bool recompute) {
 
 namespace {
 
-// The parts for Hopper read and write a pool's rows themselves. The others know none: what they start from and leave is beside it. In the walk every query head of a
-// group starts from it by itself, and not the block that starts with it may be the one that leaves it: there what is written is apart from what is read.
+// The parts for Hopper and the walk of heads that have their own keys read and write a pool's rows themselves. For the others what they start from and leave is beside
+// it. In their walks every query head of a group, or segment, starts from it by itself, and not the block that starts with it may be the one that leaves it: there what
+// is written is apart from what is read.
 struct Beside {
   float *hk, *hv, *hkT, *hvT;
-  static bool needed(const Params& p) { return p.state_indices && (hopper_walks(p) || hopper_wide(p)); }
+  static bool needed(const Params& p) { return p.state_indices && (hopper_wide(p) || (hopper_walks(p) && apart(p))); }
   static bool apart(const Params& p) { return p.HQ > p.H || hopper_segments(p).count > 1; }
   static int64_t floats(const Params& p) { return needed(p) ? p.N * p.H * (p.K + p.V) * p.M * (apart(p) ? 2 : 1) : 0; }
   explicit Beside(const Params& p) : hk(static_cast<float*>(p.workspace)), hv(hk + p.N * p.H * p.K * p.M), hkT(hk), hvT(hv) {

@@ -60,11 +60,12 @@ __device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary
   const int tid = threadIdx.x % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0);
   const bool outputs = !leaves && p.o.ptr != nullptr, owner = q_head % (p.HQ / p.H) == 0;
   const int64_t chunks = c.seq.chunks;
+  constexpr bool pool = !images && !leaves;
   constexpr int own = values ? 3 : 2;  // barrier of this warpgroup
   float H[D / 8][4];  // rows: slots
   {
     const float* in = static_cast<const float*>(values ? p.hv0 : p.hk0);
-    if (in) in += ((p.h0_broadcast ? 0 : n * p.H) + head) * D * p.M;
+    if (in) in += ((p.h0_broadcast ? 0 : (pool ? state_row(p, n) : n) * p.H) + head) * D * p.M;
     if (start) in = start + values * D * p.M;
     load_registers(H, in, values, D, p.M, warp);
   }
@@ -176,7 +177,7 @@ __device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary
     tokens.next();
   }
   if (float* out = static_cast<float*>(values ? p.hvT : p.hkT))
-    if (owner && (p.cu_seqlens || c.seq.end == p.T)) store_registers(out + (n * p.H + head) * D * p.M, H, values, D, p.M, warp);
+    if (owner && (p.cu_seqlens || c.seq.end == p.T)) store_registers(out + ((pool ? state_row(p, n) : n) * p.H + head) * D * p.M, H, values, D, p.M, warp);
 }
 
 // images: nullptr, or those of hopper_gates.cu, and `cut` is written; else what is not cut is left out, if there is a `cut`. leaves: the windows that are whole chunks
@@ -196,6 +197,8 @@ __global__ __launch_bounds__(kThreads<images>, 1) void forward_kernel(const __gr
   if (!images && cut && !cut[item * p.H + head]) return;
   const int segment = static_cast<uint32_t>(item) % static_cast<uint32_t>(segments.count);
   const int64_t n = static_cast<uint32_t>(item) / static_cast<uint32_t>(segments.count);
+  if constexpr (!images && !leaves)
+    if (state_row(p, n) < 0) return zero_padding(p, n, q_head);
   const int role = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), tid = threadIdx.x % 128;
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2; ++i) {
