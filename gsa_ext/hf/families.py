@@ -187,11 +187,10 @@ def install(model: PreTrainedModel, family: Family, layers: dict[str, dict[str, 
             decoder[i].register_forward_pre_hook(_hand_down, with_kwargs=True)
 
 
-def _hand_down(layer: Any, args: Any, kwargs: Any) -> None:
-    """For decoder layers that do not pass their keyword arguments on."""
-    for module in layer.children():
-        if isinstance(module, GSAAttention):
-            module.tokens = kwargs.get("gsa_tokens")
+def _hand_down(layer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """For decoder layers that pass no keyword arguments on, but a mask: in its place. Gradient checkpointing keeps arguments, and runs the layer again after
+    other calls, in newer versions of transformers without this hook."""
+    return args, {**kwargs, "attention_mask": kwargs.get("gsa_tokens")}
 
 
 MODULE = "modeling_gsa_ext"
