@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from gsa_ext.hf._versions import takes_cache
 from gsa_ext.hf.cache import GSACacheLayer
 from gsa_ext.hf.rotary import is_half_rotation, is_half_rotation_to_the_bit
 from gsa_ext.hf.window import causal_attention, window_attention, window_step
@@ -129,6 +130,7 @@ class GSAAttention(nn.Module):
         """The names of the input projections."""
         return self._family.modules[:-1]
 
+    @takes_cache
     def forward(
         self,
         hidden_states: Tensor,
