@@ -27,6 +27,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 
 from benchmarks.report import Report
 from gsa_ext.hf import PRESETS, GSACacheLayer, cache_bytes, convert, decode_graph
+from gsa_ext.hf._versions import CACHE
 from gsa_ext.layer import layer_state
 
 SIZES = {
@@ -156,7 +157,7 @@ def static_graph(model: Any) -> Iterator[None]:
         if given["input_ids"].shape[1] != 1:
             return eager(**kwargs)
         if not own:
-            own["inputs"], counters = {name: x.clone() for name, x in given.items()}, [layer.cumulative_length for layer in kwargs["past_key_values"].layers]
+            own["inputs"], counters = {name: x.clone() for name, x in given.items()}, [layer.cumulative_length for layer in kwargs[CACHE].layers]
             before, side, own["graph"] = [x.clone() for x in counters], torch.cuda.Stream(), torch.cuda.CUDAGraph()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -169,7 +170,7 @@ def static_graph(model: Any) -> Iterator[None]:
         for name, x in given.items():
             own["inputs"][name].copy_(x)
         own["graph"].replay()
-        return type(own["out"])(logits=own["out"].logits.clone(), past_key_values=kwargs["past_key_values"])
+        return type(own["out"])(logits=own["out"].logits.clone(), **{CACHE: kwargs[CACHE]})
 
     model.forward = forward
     try:
@@ -197,7 +198,7 @@ def generate(model: Any, how: str, B: int, context: int) -> dict[str, Any]:
         reset()
         synchronize(device)
         start = time.perf_counter()
-        model.generate(ids, attention_mask=ones, past_key_values=cache, max_new_tokens=n, do_sample=False, disable_compile=True)
+        model.generate(ids, attention_mask=ones, max_new_tokens=n, do_sample=False, disable_compile=True, **{CACHE: cache})
         synchronize(device)
         return time.perf_counter() - start
 
@@ -206,7 +207,7 @@ def generate(model: Any, how: str, B: int, context: int) -> dict[str, Any]:
         reset()
         start = time.perf_counter()
         for _ in range(n):
-            model(input_ids=ids[:, -1:], position_ids=position, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(input_ids=ids[:, -1:], position_ids=position, attention_mask=mask, use_cache=True, logits_to_keep=1, **{CACHE: cache})
         synchronize(device)
         return time.perf_counter() - start
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import math
 import os
 import subprocess
@@ -15,7 +16,8 @@ pytest.importorskip("transformers")
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import gsa_ext.hf
-from gsa_ext.hf import PRESETS, GSAAttention, cache_bytes, convert
+from gsa_ext.hf import PRESETS, GSAAttention, GSAConfig, GSAForCausalLM, cache_bytes, convert
+from gsa_ext.hf._versions import CACHE
 from gsa_ext.reference import naive_gsa
 
 CASES = [("t2r", "all"), ("paper", "all"), ("t2r", [0, 2]), ("paper", [1]), ("liger", "all"), ("liger", [1]), ("t2r-window", "all")]
@@ -279,6 +281,29 @@ def test_cache(device):
     for mask in (torch.ones(2, 1, T, T), torch.ones(2, T - 1)):
         with pytest.raises(ValueError, match="attention_mask"):
             model(ids, attention_mask=mask.to(device))
+
+
+@pytest.mark.filterwarnings("error:.past_key_values. is deprecated")
+@torch.no_grad()
+def test_names_of_the_cache(device, monkeypatch):
+    """As ``past_key_values``, whatever transformers is there, and as that calls it, which is what gsa_ext calls it when it calls transformers."""
+    gsa = GSAForCausalLM(GSAConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, bos_token_id=None, eos_token_id=None, pad_token_id=0))
+    ids = tokens(device)
+    logged = []
+    monkeypatch.setattr(logging.Logger, "warning_once", lambda logger, message, *args: logged.append(message))
+    for model in (converted("t2r", [1], device), converted("t2r-window", "all", device), gsa.eval().to(device)):
+        for called, name in ((model, CACHE), (model.model, CACHE), (model.model, "past_key_values")):
+            cache = DynamicCache(config=model.config)
+            for part in (ids[:, :9], ids[:, 9:]):
+                out = called(part, **{name: cache})
+                assert out[CACHE] is cache
+            close(out[0], called(ids, use_cache=False)[0][:, 9:])
+        cache = DynamicCache(config=model.config)
+        want = model.generate(ids, max_new_tokens=4, do_sample=False)
+        got = model.generate(ids, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, **{CACHE: cache})
+        assert torch.equal(got.sequences, want) and got[CACHE] is cache and cache.get_seq_length() == T + 3
+    assert not [message for message in logged if "past_key_values" in message]
+    assert got.past_key_values is cache
 
 
 @pytest.mark.parametrize("preset, layers", CASES)

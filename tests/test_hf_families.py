@@ -186,6 +186,23 @@ def test_family(name, own, preset, device, tmp_path):
             torch.testing.assert_close(other[name], want, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["llama", *(name for name, family in FAMILIES.items() if not family.keywords)])
+def test_checkpointing_of_two_calls(name, device):
+    """Both forward, then both backward: a layer that runs again has the padding of its own call."""
+    model, ids = converted(name, OWN.get(name, [{}])[0], "t2r", device=device).train(), tokens(device)
+    masks = [(torch.arange(T, device=device) >= first).long().expand(2, -1) for first in (6, 0)]
+    grads = []
+    for setting in (None, {"use_reentrant": False}, {"use_reentrant": True}):
+        model.zero_grad()
+        if setting:
+            model.gradient_checkpointing_enable(setting)
+        sum(model(ids, attention_mask=mask, labels=ids).loss for mask in masks).backward()
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for key, want in grads[0].items():
+        for other in grads[1:]:
+            torch.testing.assert_close(other[key], want, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("name, own", LESS, ids=[name for name, _ in LESS])
 def test_further_family(name, own, device):
     check_inference(converted(name, own, "liger", device=device), tokens(device), ([0, 2, 9, 10, T],))

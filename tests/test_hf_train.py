@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gsa_ext.hf import PRESETS, GSAAttention, GSAConfig, GSAForCausalLM, convert
+from gsa_ext.hf._versions import CACHE
 from gsa_ext.hf.train import (
     AttentionTransfer,
     logit_kl,
@@ -70,7 +71,7 @@ def test_transfer(preset, layers, device):
     for i, layer in enumerate(original.model.layers):
         layer.self_attn.register_forward_hook(lambda m, a, kwargs, out, i=i: seen.__setitem__(i, (kwargs, out[0])), with_kwargs=True)
     original(ids)
-    want = [(layer.self_attn(**{**seen[i][0], "past_key_values": None})[0] - seen[i][1]).square().mean()
+    want = [(layer.self_attn(**{**seen[i][0], CACHE: None})[0] - seen[i][1]).square().mean()
             for i, layer in enumerate(model.model.layers) if isinstance(layer.self_attn, GSAAttention)]
     chosen = train_only(model, new)
     assert {id(p) for p in chosen} == {id(p) for p in new.values()}

@@ -22,8 +22,8 @@ def python(code, **environment):
 
 def test_a_transformers_that_is_too_new():
     pytest.importorskip("transformers")
-    done = python("import transformers; transformers.__version__ = '5.24.0'; import gsa_ext.hf")
-    assert done.returncode and done.stderr.endswith("gsa_ext.hf works with transformers 5.17 to 5.23, found 5.24.0: pip install 'transformers<5.24'\n")
+    done = python("import transformers; transformers.__version__ = '5.25.0'; import gsa_ext.hf")
+    assert done.returncode and done.stderr.endswith("gsa_ext.hf works with transformers 5.17 to 5.24, found 5.25.0: pip install 'transformers<5.25'\n")
 
 
 def test_built_for_this_torch():

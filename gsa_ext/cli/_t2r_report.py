@@ -35,16 +35,17 @@ def nats_per_token(model: Any, blocks: Blocks, batch_size: int, desc: str) -> fl
 def decode_cost(model: Any, contexts: list[int], tokens: int = 24) -> dict[int, dict[str, float]]:
     """For each context length: the bytes of the cache after reading it, and the median milliseconds of a generated token (batch 1)."""
     from gsa_ext.hf import cache_bytes
+    from gsa_ext.hf._versions import CACHE
 
     model.eval()
     costs = {}
     for context in tqdm(contexts, desc="generation cost", unit="length", leave=False):
         ids = torch.arange(context, device=model.device)[None] % model.config.vocab_size
         out = model(ids, use_cache=True, logits_to_keep=1)
-        cache, held, times = out.past_key_values, cache_bytes(out.past_key_values), []
+        cache, held, times = out[CACHE], cache_bytes(out[CACHE]), []
         for _ in range(tokens + 3):
             start = time.perf_counter()
-            out = model(out.logits[:, -1:].argmax(-1), past_key_values=cache, use_cache=True)
+            out = model(out.logits[:, -1:].argmax(-1), use_cache=True, **{CACHE: cache})
             out.logits.sum().item()                                      # waits for the device
             times.append(time.perf_counter() - start)
         costs[context] = {"cache_bytes": held, "ms_per_token": 1e3 * statistics.median(times[3:])}

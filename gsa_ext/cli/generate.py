@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     import gsa_ext.hf
     from gsa_ext.cli._t2r_data import BadInput
     from gsa_ext.cli.t2r import _device, _pretrained
+    from gsa_ext.hf._versions import CACHE
 
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
@@ -68,5 +69,5 @@ def run(args: argparse.Namespace) -> int:
         return 130
     count = out.sequences.shape[1] - inputs["input_ids"].shape[1]
     ms = 1e3 * (time.perf_counter() - start) / count
-    print(f"[{count} tokens, {ms:.1f} ms per token, cache {gsa_ext.hf.cache_bytes(out.past_key_values):,} bytes]", file=sys.stderr)
+    print(f"[{count} tokens, {ms:.1f} ms per token, cache {gsa_ext.hf.cache_bytes(out[CACHE]):,} bytes]", file=sys.stderr)
     return 0

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from gsa_ext.hf._versions import takes_cache
 from gsa_ext.hf.cache import GSACacheLayer
 from gsa_ext.hf.rotary import is_half_rotation, is_half_rotation_to_the_bit
 from gsa_ext.hf.window import causal_attention, window_attention, window_step
@@ -129,19 +130,20 @@ class GSAAttention(nn.Module):
         """The names of the input projections."""
         return self._family.modules[:-1]
 
+    @takes_cache
     def forward(
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | Tokens | None = None,
         past_key_values: Any = None,
         gsa_tokens: Tokens | None = None,
         layer_past: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """hidden_states ``[B, T, hidden_size]`` -> ``([B, T, hidden_size], None)``. ``attention_mask``, which is between pairs of tokens, is not
-        used: padding and packing come in ``gsa_tokens``. ``layer_past`` is another name for ``past_key_values``."""
-        tokens = getattr(self, "tokens", None) if gsa_tokens is None else gsa_tokens
+        used: padding and packing come in ``gsa_tokens``, or in its place. ``layer_past`` is another name for ``past_key_values``."""
+        tokens = attention_mask if gsa_tokens is None and isinstance(attention_mask, Tokens) else gsa_tokens
         past_key_values = layer_past if past_key_values is None else past_key_values
         if self.instead is None:
             return self.slots_output(hidden_states, position_embeddings, tokens, past_key_values), None

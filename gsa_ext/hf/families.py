@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
+from gsa_ext.hf._versions import CACHE, takes_cache
 from gsa_ext.hf.attention import GateProjection, GSAAttention, Tokens, WindowMix
 from gsa_ext.hf.cache import check_cache
 from gsa_ext.hf.rotary import rotate_halves
@@ -187,11 +188,10 @@ def install(model: PreTrainedModel, family: Family, layers: dict[str, dict[str, 
             decoder[i].register_forward_pre_hook(_hand_down, with_kwargs=True)
 
 
-def _hand_down(layer: Any, args: Any, kwargs: Any) -> None:
-    """For decoder layers that do not pass their keyword arguments on."""
-    for module in layer.children():
-        if isinstance(module, GSAAttention):
-            module.tokens = kwargs.get("gsa_tokens")
+def _hand_down(layer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """For decoder layers that pass no keyword arguments on, but a mask: in its place. Gradient checkpointing keeps arguments, and runs the layer again after
+    other calls, in newer versions of transformers without this hook."""
+    return args, {**kwargs, "attention_mask": kwargs.get("gsa_tokens")}
 
 
 MODULE = "modeling_gsa_ext"
@@ -248,6 +248,7 @@ class _GSAModel(_GSAModule):
         super().__init__(config)                                             # type: ignore[call-arg]
         install(self, FAMILIES[config.model_type.removeprefix("gsa_")], config.gsa["layers"] if config.gsa else {})   # type: ignore[arg-type]
 
+    @takes_cache
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -277,8 +278,8 @@ class _GSAModel(_GSAModule):
             # No layer reads a mask between pairs of tokens. One that is 4-D already is passed through: nothing quadratic is built.
             attention_mask = inputs.new_empty(inputs.shape[0], 1, 0, 0, dtype=torch.bool)
         return super().forward(                                                               # type: ignore[misc]
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds, use_cache=call.use_cache, gsa_tokens=call.tokens, **kwargs)
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds,
+            use_cache=call.use_cache, gsa_tokens=call.tokens, **{CACHE: past_key_values}, **kwargs)
 
 
 class _GSACausalLM(_GSAModule):

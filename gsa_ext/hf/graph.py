@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from gsa_ext.hf._versions import CACHE, own_names
 from gsa_ext.hf.cache import GSACacheLayer
 from gsa_ext.layer import layer_state
 
@@ -75,7 +76,7 @@ class _Steps:
         self.eager, self.recorded = eager, dict[Hashable, _Step]()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = kwargs if not args else {**kwargs, "input_ids": args[0]}
+        given = own_names(kwargs if not args else {**kwargs, "input_ids": args[0]})
         if len(args) > 1 or not self.can(given):
             return self.eager(*args, **kwargs)
         ids, cache, mask, positions = (given.get(name) for name in ("input_ids", "past_key_values", "attention_mask", "position_ids"))
@@ -118,7 +119,7 @@ class _Step:
         def step() -> Any:
             for layer, held in zip(layers, self.held):
                 layer.restore(held, 1)
-            out = eager(**self.inputs, **options, past_key_values=cache, use_cache=True, return_dict=True)
+            out = eager(**self.inputs, **options, **{CACHE: cache}, use_cache=True, return_dict=True)
             for layer, held in zip(layers, self.held):                       # what came as a new tensor
                 for name, x in layer.tensors().items():
                     if x is not held[name]:
@@ -160,7 +161,7 @@ class _Step:
         out = self.replay()
         for layer in cache.layers:
             layer.seen += 1
-        return type(out)(logits=out.logits.clone(), past_key_values=cache)
+        return type(out)(logits=out.logits.clone(), **{CACHE: cache})
 
     def _adopt(self, cache: Any) -> None:
         """Makes the layers of ``cache`` hold the buffers, with their own contents; the cache that held them so far keeps a copy."""

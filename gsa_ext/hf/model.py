@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from gsa_ext.hf._versions import CACHE, takes_cache
 from gsa_ext.hf.attention import Tokens
 from gsa_ext.hf.cache import GSACacheLayer
 from gsa_ext.hf.families import Call, GSAModelMixin
@@ -48,7 +49,7 @@ class GSAConfig(PreTrainedConfig):
     """
 
     model_type = "gsa"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = [CACHE]
 
     hidden_size: int = 2048
     num_hidden_layers: int = 24
@@ -208,6 +209,7 @@ class GSABlock(GradientCheckpointingLayer):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = GatedMLP(config.hidden_size, config.mlp_size)
 
+    @takes_cache
     def forward(self, x: Tensor, tokens: Tokens, attention_mask: Tensor | None = None, past_key_values: Any = None) -> Tensor:
         y = self.attn_norm(x)
         if isinstance(self.attn, GatedSlotAttention):
@@ -224,7 +226,7 @@ class GSAPreTrainedModel(GSAModelMixin, PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GSABlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE]
     _input_embed_layer = "embeddings"
     _can_record_outputs = {"hidden_states": GSABlock}
 
@@ -241,6 +243,7 @@ class GSAModel(GSAPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @takes_cache
     @capture_outputs
     def forward(
         self,
@@ -267,8 +270,8 @@ class GSAModel(GSAPreTrainedModel):
                 if not isinstance(layer.attn, SoftmaxAttention) or layer.attn.window is not None:
                     layer_state(past_key_values, i, GSACacheLayer)
         for layer in self.layers:
-            x = layer(x, tokens=call.tokens, attention_mask=attention_mask, past_key_values=past_key_values)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+            x = layer(x, tokens=call.tokens, attention_mask=attention_mask, **{CACHE: past_key_values})
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE: past_key_values})
 
 
 class GSAForCausalLM(GSAPreTrainedModel, GenerationMixin):
@@ -283,6 +286,7 @@ class GSAForCausalLM(GSAPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -302,5 +306,5 @@ class GSAForCausalLM(GSAPreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None if labels is None else self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states,
-                                      attentions=outputs.attentions)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions,
+                                      **{CACHE: getattr(outputs, CACHE)})
