@@ -350,8 +350,8 @@ void hopper_forward(const ForwardParams& p, void* boundary, const void* images, 
   select_hopper(p, [&]<class E, int D>() {
     auto run = [&]<bool brought, bool plain>() {
       launch("hopper_forward", forward_kernel<E, D, brought, false, plain>, p.N * segments.count * p.HQ, kThreads<brought>,
-             sizeof(ForwardShared<E, D, brought, plain>), p.stream, p, brought ? input_maps(static_cast<const Params&>(p)) : InputMaps{}, static_cast<E*>(boundary),
-             static_cast<GateImage<E>*>(const_cast<void*>(images)), cut, segments, starts);
+             sizeof(ForwardShared<E, D, brought, plain>), p.stream, p, brought ? input_maps(static_cast<const Params&>(p)) : InputMaps{},
+             static_cast<E*>(boundary), static_cast<GateImage<E>*>(const_cast<void*>(images)), cut, segments, starts);
     };
     if (images) plain ? run.template operator()<true, true>() : run.template operator()<true, false>();
     run.template operator()<false, false>();
@@ -361,8 +361,8 @@ void hopper_forward(const ForwardParams& p, void* boundary, const void* images, 
 void hopper_forward_states(const ForwardParams& p, void* boundary, void* images, const float* starts) {
   const Segments segments = hopper_segments(p);
   select_hopper(p, [&]<class E, int D>() {
-    launch("hopper_forward", forward_kernel<E, D, false, true, false>, p.N * segments.count * p.HQ, kThreads<false>, sizeof(ForwardShared<E, D, false, false>), p.stream, p,
-           InputMaps{}, static_cast<E*>(boundary), static_cast<GateImage<E>*>(images), static_cast<int*>(nullptr), segments, starts);
+    launch("hopper_forward", forward_kernel<E, D, false, true, false>, p.N * segments.count * p.HQ, kThreads<false>, sizeof(ForwardShared<E, D, false, false>),
+           p.stream, p, InputMaps{}, static_cast<E*>(boundary), static_cast<GateImage<E>*>(images), static_cast<int*>(nullptr), segments, starts);
   });
 }
 

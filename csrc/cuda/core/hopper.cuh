@@ -338,7 +338,8 @@ __device__ inline void bring_tokens(E* tiles, const TokenMap& map, const Params&
       if constexpr (eights)
         if (!p.reverse && i % 8 == 0 && (c.length - i >= 8 || c.length <= i)) {
 #pragma unroll
-          for (int g = 0; g < D / 64; ++g) load_box(tiles + g * kTile + i * 64, map.eight, column + g * 64, head, i < c.length ? first + i : -8, batch, barrier);
+          for (int g = 0; g < D / 64; ++g)
+            load_box(tiles + g * kTile + i * 64, map.eight, column + g * 64, head, i < c.length ? first + i : -8, batch, barrier);
           i += 7;
           continue;
         }
@@ -532,8 +533,9 @@ struct GateImage {
   int pad[31];
 };
 static_assert(sizeof(GateImage<bf16>) == kGateImage);
+// With R at R_at.
 template <class E>
-struct PlainImage : GateImage<E> {};                       // R at R_at
+struct PlainImage : GateImage<E> {};
 
 // The 64 / ROWS warps that make them: thread (warp w, lane l) has ROWS tokens from ROWS w on, of slots 2 l and 2 l + 1. quick: windows that are whole chunks, which
 // nearly all are, in a third of the instructions, and in a copy of the code.
