@@ -300,7 +300,7 @@ def steady(calls: dict[str, Callable[[int], Any]], cuda: bool, seconds: float) -
     spans: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     began, number = time.time(), 0
     with Clocks() as clocks:
-        for _ in range(30):
+        for rounds in range(1, 31):
             for name, call in calls.items():
                 start = time.time()
                 while time.time() < start + SETTLE:
@@ -309,7 +309,7 @@ def steady(calls: dict[str, Callable[[int], Any]], cuda: bool, seconds: float) -
                 while not times[name] or time.time() < counted + SETTLE / 2:
                     times[name].append(timed(call, number := number + 1, cuda, busy))
                 spans[name].append((counted, time.time()))
-            if time.time() > began + seconds and min(map(len, spans.values())) >= 3:
+            if time.time() > began + seconds and rounds >= 3:
                 break
     return {name: statistics.median(values) for name, values in times.items()}, {name: found for name in calls if (found := clocks.during(spans[name]))}
 

@@ -179,8 +179,8 @@ Four chunk(const Tensor& q_, const Tensor& k_, const Tensor& v_, const OptTensor
   const bool keep = checkpoint_level < 2;
   const int64_t C = chunk_length(p.q.dtype, p.math, p.M);
   const int64_t slots = boundary_slots(p.B, p.T, p.N, cu_.has_value(), C);
-  const bool gates_written = GSA_CALL(q_, keeps_gates)(p);
   const int64_t gates = checkpoint_level == 0 ? slots_of_gates(slots, p.q.dtype, p.K, p.V, p.M) : 0;
+  const bool gates_written = gates && GSA_CALL(q_, keeps_gates)(p);
   boundary = keep ? kept_states({slots, p.H, p.K + p.V, p.M}, gates, gates_written, cu_ ? 0 : p.B, (p.T + C - 1) / C, q_) : at::empty({0}, q_.options());
   if (p.B == 0 || p.T == 0 || p.N == 0) {
     o.zero_();
@@ -194,7 +194,7 @@ Four chunk(const Tensor& q_, const Tensor& k_, const Tensor& v_, const OptTensor
   p.o = view(o);
   if (output_final_state) p.hkT = hk.data_ptr(), p.hvT = hv.data_ptr();
   if (keep) p.boundary = boundary.data_ptr();
-  if (gates && gates_written) p.gates = boundary[slots].data_ptr();
+  if (gates_written) p.gates = boundary[slots].data_ptr();
   const Tensor w = workspace(p, GSA_CALL(q_, forward_workspace)(p), q_);
   GSA_CALL(q_, chunk_forward)(p);
   return {o, hk, hv, boundary};

@@ -125,7 +125,8 @@ def test_wide_gates_beside_narrow_inputs(cuda):
 
 @pytest.mark.parametrize("D,M,r", [(128, 64, 1), (128, 64, 3), (128, 128, 2), (64, 40, 1), (512, 64, 1), (512, 64, 3)])
 def test_same_bits_again_and_at_any_checkpoint_level(D, M, r, cuda):
-    for gate, sizes in ((8.0, {"B": 2, "T": 200}), ("mixed", {"B": 2, "T": 200}), ("mixed", {"lengths": [70, 0, 64, 130]})):
+    one = {"B": 2, "T": 200}
+    for gate, sizes in ((8.0, one), (0.1, one), ("mixed", one), ("mixed", {"lengths": [70, 0, 64, 130]})):
         x = make_inputs(**sizes, HQ=2 * r, H=2, K=D, V=D, M=M, gate=gate, dtype=BF16, device=cuda, initial_state=True)
         runs = [testing.results(lambda **y: chunk_gsa(**y, checkpoint_level=level), x) for level in (2, 2, 1, 0)]  # noqa: B023
         for name, other in itertools.product(runs[0], runs[1:]):

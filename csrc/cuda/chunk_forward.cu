@@ -158,16 +158,13 @@ struct Beside {
   }
 };
 
-// The workspace after that. A group of query heads shares its gates, parts need them for every chunk. Where backward goes in parts the states are made as it would make
-// them again, and may find them kept. Gates that are kept are made here for backward, whether forward alone would need them or not.
+// The workspace after that. A group of query heads shares its gates, parts need them for every chunk; where neither is the case (`fuses`) the walk makes its own, unless
+// they are kept for backward. Where backward goes in parts the states are made as it would make them again, and may find them kept.
 struct HopperPlan {
-  bool walks, shared, images, few;
+  bool walks, fuses, images, few;
   int64_t cut, starts, states, products, bytes;   // offsets; the images are at 0
   explicit HopperPlan(const Params& p)
-      : walks(hopper_walks(p)),
-        shared(!walks || p.HQ > p.H),
-        images(shared || p.gates || (p.boundary && !hopper_fuses(p))),
-        few(!hopper_fuses(p) && images && (!walks || p.boundary) && hopper_few(p)) {
+      : walks(hopper_walks(p)), fuses(hopper_fuses(p)), images(!fuses || p.gates), few(!fuses && (!walks || p.boundary) && hopper_few(p)) {
     const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, chunk_length(p.q.dtype, p.math, p.M));
     cut = images && !p.gates ? arena(hopper_gates_bytes(p), 1) : 0;
     starts = cut + (walks && images ? arena(p.N * p.H * hopper_segments(p).count, 4) : 0);
@@ -184,8 +181,8 @@ void forward_for_hopper(const ForwardParams& p) {
   int* const cut = reinterpret_cast<int*>(room + at.cut);
   float* const starts = hopper_segments(p).count > 1 ? reinterpret_cast<float*>(room + at.starts) : nullptr;
   if (starts) hopper_starts(p, starts);
-  if (at.images) hopper_gates(p, images, hopper_fuses(p));
-  if (hopper_fuses(p)) return at.images ? hopper_forward(p, p.boundary, images, cut, starts, true) : hopper_forward(p, p.boundary, nullptr, nullptr, starts);
+  if (at.images) hopper_gates(p, images, at.fuses);
+  if (at.fuses) return at.images ? hopper_forward(p, p.boundary, images, cut, starts, true) : hopper_forward(p, p.boundary, nullptr, nullptr, starts);
   float* const products = at.few ? reinterpret_cast<float*>(room + at.products) : nullptr;
   if (!at.walks) {
     void* const states = p.boundary ? p.boundary : room + at.states;
@@ -197,7 +194,7 @@ void forward_for_hopper(const ForwardParams& p) {
     static_cast<Params&>(states_only) = p;
     hopper_states(states_only, images, p.boundary, products);
   }
-  at.shared ? hopper_forward(p, nullptr, images, cut, starts) : hopper_forward(p, nullptr, nullptr, nullptr, starts);
+  hopper_forward(p, nullptr, images, cut, starts);
 }
 
 }  // namespace

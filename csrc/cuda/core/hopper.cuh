@@ -325,7 +325,7 @@ __device__ inline float2 both_at(uint32_t p) {
 }
 
 // 64 tokens of a head, D columns from `column` on, zero where the chunk has ended: 128 D bytes for the barrier. By one thread. eights: of a packed chunk that is
-// not whole eight at a time, not one by one, where there are eight or none. Forward alone: in backward's kernels it costs registers.
+// not whole eight at a time, not one by one, where there are eight or none. In the kernels of backward but the scan it costs registers.
 template <int D, bool eights = false, class E>
 __device__ inline void bring_tokens(E* tiles, const TokenMap& map, const Params& p, const Chunk& c, int head, uint64_t* barrier, int column = 0) {
   const int first = static_cast<int>(c.first), batch = static_cast<int>(c.batch);
