@@ -15,17 +15,17 @@
 //
 // and then, inner and outer the sums of both sides:
 //     ds_j = (inner + outer + diagonal of (B A^T) Y) / R
-//     dg_t = sum_{u >= t} (e_u - S_u inner_u) + sum_{j < t} S_j outer_j + exp(G_end) <H, dH>     (products with triangles of ones)
+//     dg_t = sum_{u >= t} (e_u - S_u inner_u) + sum_{j < t} S_j outer_j + exp(G_end) <H, dH>     (sums, in fp32)
 // Neither e nor inner has the diagonal, and what comes from after the chunk is summed from the front: nothing large is left to cancel (chunk_backward.cu).
 //
 // Four warpgroups, each with what it needs not wait for while the others are at work:
 //     queries 0, 1           scores, one the keys' and one the values'; halves of the slots exchanged, Y, e;    then 0 has dq, 1 inner;    then ds and dg, half each
 //     keys, values           tokens, states; E, outer, <H, dH>;                                                         then dk or dv, and dH
-// What has to be more exact than 16 bits is an operand in two parts (16 + 16 bits): X in the scores and in inner, S, Y, W and E of the values, the terms of dg.
+// What has to be more exact than 16 bits is an operand in two parts (16 + 16 bits): X in the scores and in inner, S, Y, W and E of the values.
 //
 //     shared memory               written by          read by              barriers (full / free)
-//     A, B, H [side]              keys; values        all                  tokens_full / tokens_free and the warpgroup's own; H: keys_ready, then e (kOfQueries) and
-//                                                                          half of inner (inner_full / Hk_free), which outer_free frees
+//     A, B, H [side]              keys; values        all                  tokens_full, H_full / tokens_free and the warpgroup's own; H: keys_ready, then e (kOfQueries)
+//                                                                          and half of inner (inner_full / Hk_free), which outer_free frees
 //     gates (S, R, factors)       bulk copy           all                  gates_full / kOfQueries, done
 //     E [side]                    its side            its side             the warpgroup's own
 //     Y                           queries             all                  Y_full / done; before it what the queries exchange, after it the terms of dg
@@ -48,7 +48,7 @@ struct WalkShared {
   float outer[kTile];
   float spare[D == 64 ? kTile + kTile / 2 : 4];
   float edge[2][2][kSlots], diagonal[2][64];  // [turn][side] exp(G_end) <H, dH>; of q k^T, of d_o v^T
-  uint64_t gates_full, tokens_full, tokens_free, Y_full, keys_ready, outer_free, done, Hk_free, inner_full;
+  uint64_t gates_full, tokens_full, H_full, tokens_free, Y_full, keys_ready, outer_free, done, Hk_free, inner_full;
   int found;
   Sequence sequence;
   const float* begins[2];  // [side] where dH comes from, or nullptr: zeros
@@ -67,6 +67,83 @@ static_assert(sizeof(LargestWalk) <= 227 * 1024 && offsetof(LargestWalk, gates) 
 template <class T>
 __device__ inline T& anew(T& x) {
   return *reinterpret_cast<T*>(reinterpret_cast<char*>(&x) + kept(0));
+}
+
+// Of gates, pairs of slots of eight tokens from `row` on.
+template <class E>
+__device__ __forceinline__ void store_pairs(const View& v, const Rows& rows, const float2 (&x)[8], int row, int length, int slot) {
+  auto store = [&]<class Pair>(Pair* to, auto&& pair) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i, to += rows.step / 2)
+      if (row + i < length) *to = pair(x[i]);
+  };
+  const int64_t first = rows.at(row) + slot;
+  if (v.dtype == DType::f32) store(reinterpret_cast<float2*>(static_cast<float*>(v.ptr) + first), [](float2 y) { return y; });
+  else store(reinterpret_cast<uint32_t*>(static_cast<E*>(v.ptr) + first), [](float2 y) { return pack<E>(y.x, y.y); });
+}
+
+// store_gate_gradients (core/backward.cuh) in fp32, without products, and in half of the instructions: a warp's 16 rows change hands in shared memory, so that a thread has two
+// slots of eight tokens; then what the other threads' tokens come to. terms: room for two tiles; barrier: of this warpgroup. edge(slot): of a pair of slots;
+// forgets(token, slot, dg): 0 in the place of those whose gate is a reset, which forgets whatever it would have changed. Where s is not given but 1 - exp(g), ds is exp(g) ds,
+// and goes into dg.
+template <class E, class ChunkOf, class Edge, class Forgets>
+__device__ __forceinline__ void store_gate_sums(const BackwardParams& p, ChunkOf&& chunk, int head, int bank, int half, const float (&T)[4][4],
+                                                const float (&F)[4][4], const float (&ds)[4][4], E* terms, int barrier, int warp, Edge&& edge,
+                                                Forgets&& forgets) {
+  float *const tile = reinterpret_cast<float*>(terms), *const T_rows = tile + warp * 16 * 32,
+               *const F_rows = T_rows + 64 * 32;  // [token][32], permuted by token % 4
+  auto put_rows = [&](float* rows, const float (&x)[4][4]) {
+    float* const to = rows + frag_row() * 32 + frag_col();
+#pragma unroll
+    for (int t = 0; t < 4; ++t)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) *reinterpret_cast<float2*>(to + h * 256 + ((t * 8) ^ ((frag_row() & 3) * 8))) = make_float2(x[t][2 * h], x[t][2 * h + 1]);
+  };
+  const int lower = lane_id() >> 4, column = (lane_id() & 15) * 2;
+  auto get_rows = [&](float2(&x)[8], const float* rows) {
+    const float* const from = rows + lower * 256;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = *reinterpret_cast<const float2*>(from + i * 32 + (column ^ ((i & 3) * 8)));
+  };
+  auto plus = [](float2 x, float2 y) { return make_float2(x.x + y.x, x.y + y.y); };
+  float2 dg[8], base;
+  __syncwarp();
+  put_rows(T_rows, T), put_rows(F_rows, F);
+  __syncwarp();
+  {
+    float2 front[8], sum = make_float2(0.f, 0.f);
+    get_rows(dg, T_rows), get_rows(front, F_rows);
+    __syncwarp();
+    put_rows(F_rows, ds);
+#pragma unroll
+    for (int i = 6; i >= 0; --i) dg[i] = plus(dg[i], dg[i + 1]);
+    const float2 all = dg[0];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) dg[i] = plus(dg[i], sum), sum = plus(sum, front[i]);
+    const float2 T_other = make_float2(__shfl_xor_sync(0xffffffffu, all.x, 16), __shfl_xor_sync(0xffffffffu, all.y, 16));
+    const float2 F_other = make_float2(__shfl_xor_sync(0xffffffffu, sum.x, 16), __shfl_xor_sync(0xffffffffu, sum.y, 16));
+    base = lower ? F_other : T_other;
+    *reinterpret_cast<float2*>(T_rows + lower * 32 + column) = lower ? plus(sum, F_other) : plus(all, T_other);  // of the warp
+  }
+  sync(barrier, 128);
+  base = plus(base, edge(half * 32 + column));
+#pragma unroll
+  for (int w = 0; w < 4; ++w)
+    if (w != warp) base = plus(base, *reinterpret_cast<const float2*>(tile + (w * 16 + (w < warp)) * 32 + column));
+  const bool coupled = p.s.ptr == nullptr;
+  const int row = warp * 16 + lower * 8, slot = bank * kSlots + half * 32 + column;
+  float2 own[8];
+  get_rows(own, F_rows);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    dg[i] = plus(dg[i], base);
+    forgets(row + i, half * 32 + column, dg[i]);
+    if (coupled) dg[i].x -= own[i].x, dg[i].y -= own[i].y;
+  }
+  if (slot >= p.M) return;
+  const Chunk c = chunk();
+  store_pairs<E>(p.dg, rows_of(p.dg, c, head), dg, row, c.length, slot);
+  if (!coupled) store_pairs<E>(p.ds, rows_of(p.ds, c, head), own, row, c.length, slot);
 }
 
 [[maybe_unused]] constexpr int kOfQueries = 1, kOfKeys = 2;  // barriers of 256
@@ -101,7 +178,7 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
       wait(&m.gates_full, turn);
       wait(&m.tokens_full, turn);
       float x[8][4], other[2];
-      scores<E, D, false>(x, other, m.A[half], m.B[half], m.H[half], m.gates.S[0], m.gates.in, warp, m.diagonal[half]);
+      scores<E, D, false>(x, other, m.A[half], m.B[half], m.H[half], m.gates.S[0], m.gates.in, warp, m.diagonal[half], [&] { wait(&m.H_full, turn); });
       sync(kOfQueries, 256);  // the terms of dg are done with, and so is all of the chunk before
       give_half(m.given() + half * 64 * 32, x, half, tid);
       get_R(R, m.gates.R, row, half * 32);
@@ -206,16 +283,15 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
 
     // ds in the place of inner; terms of dg from the back, from the front
     float T[4][4], F[4][4];
-    uint32_t resets = 0;  // of the first token, a bit for each of its slots
+    bool resets[2] = {};  // of the first token, its slots store_gate_sums gives this thread
     {
       const bool coupled = p.s.ptr == nullptr;
       auto& m = anew(shared);
       const int tid = kept(threadIdx.x) % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0), row = warp * 16 + frag_row();
-      if (row == 0)
-#pragma unroll
-        for (int t = 0; t < 4; ++t)
-#pragma unroll
-          for (int x = 0; x < 2; ++x) resets |= (m.gates.start[half * 32 + t * 8 + frag_col() + x] == 0.f) << (t * 2 + x);
+      if (tid < 16) {
+        const float2 start = *reinterpret_cast<const float2*>(m.gates.start + half * 32 + 2 * tid);
+        resets[0] = start.x == 0.f, resets[1] = start.y == 0.f;
+      }
       const float d[2] = {m.diagonal[0][row], m.diagonal[0][row + 8]}, b[2] = {m.diagonal[1][row], m.diagonal[1][row + 8]};
       get(T, m.e() + half * 2048, tid), get(F, m.outer + half * 2048, tid);
       float S[4][4], R[4][4], Y[4][4], diagonal[4][4];
@@ -248,11 +324,17 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
     {
       auto& m = anew(shared);
       const int warp = __shfl_sync(0xffffffffu, kept(threadIdx.x) % 128 / 32, 0);
-      const int col = half * 32 + frag_col();
-      store_gate_gradients(
+      store_gate_sums(
           p, [&] { return m.chunk(p, i); }, head, 0, half, T, F, inner, m.Y[half][0], 4 + half, warp,
-          [&](int t, int e) { return m.edge[turn][0][col + t * 8 + e] + m.edge[turn][1][col + t * 8 + e]; },
-          [&](int, int t, int k) { return k < 2 && (resets >> (t * 2 + k) & 1); });
+          [&](int slot) {
+            const float2 k = *reinterpret_cast<const float2*>(&m.edge[turn][0][slot]), v = *reinterpret_cast<const float2*>(&m.edge[turn][1][slot]);
+            return make_float2(k.x + v.x, k.y + v.y);
+          },
+          [&](int token, int, float2& dg) {
+            if (token % 8) return;
+            if (resets[0]) dg.x = 0.f;
+            if (resets[1]) dg.y = 0.f;
+          });
     }
     turn ^= 1;
   }
@@ -260,33 +342,39 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
 
 // Keys, or values.
 template <class E, int D>
-__device__ __forceinline__ void walk_keys(const BackwardParams& p, WalkShared<E, D>& m, const E* boundary, int chunks, int first_slot, int64_t n, int head,
+__device__ __forceinline__ void walk_keys(const BackwardParams& p, WalkShared<E, D>& shared, const E* boundary, int chunks, int first_slot, int64_t n, int head,
                                           const int values) {
   constexpr int NT = D / 8;
   const int own = 6 + values;  // barrier of this warpgroup
   const int tid = threadIdx.x % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0), row = warp * 16 + frag_row();
-  E *const A = m.A[values], *const B = m.B[values], *const E0 = m.E0[values], *const E1 = m.E1;
   auto load_A = [&](int i) {
     if (i < 0) return;
+    auto& m = anew(shared);
     const Chunk c = m.chunk(p, i);
-    load_tokens<D, 128>(A, rows_of(values ? p.d_o : p.q, c, head), c.length, tid);
+    load_tokens<D, 128>(m.A[values], rows_of(values ? p.d_o : p.q, c, head), c.length, tid);
     cp_async_commit();
   };
   auto load_H = [&](int i) {
-    if (i >= 0) load_state<D, 128>(m.H[values], boundary + ((int64_t(first_slot + i) * p.H + head) * 2 + values) * D * p.M, p.M, tid);
+    if (i >= 0) load_state<D, 128>(anew(shared).H[values], boundary + ((int64_t(first_slot + i) * p.H + head) * 2 + values) * D * p.M, p.M, tid);
     cp_async_commit();
   };
   auto load_B = [&](int i) {
     if (i < 0) return;
+    auto& m = anew(shared);
     const Chunk c = m.chunk(p, i);
-    load_tokens<D, 128>(B, rows_of(values ? p.v : p.k, c, head), c.length, tid);
+    load_tokens<D, 128>(m.B[values], rows_of(values ? p.v : p.k, c, head), c.length, tid);
   };
   load_B(chunks - 1), load_A(chunks - 1), load_H(chunks - 1);
   float dH[NT][4];
-  load_registers(dH, m.begins[values], values, D, p.M, warp);
+  load_registers(dH, shared.begins[values], values, D, p.M, warp);
   uint32_t turn = 0;
 #pragma unroll 1
   for (int i = chunks - 1; i >= 0; --i) {
+    auto& m = anew(shared);
+    E *const A = m.A[values], *const B = m.B[values], *const E0 = m.E0[values], *const E1 = m.E1;
+    cp_async_wait_for<1>();  // all but H
+    publish();
+    arrive(&m.tokens_full);
     wait(&m.gates_full, turn);
     const auto& factors = m.gates;
     scale_rows(dH, factors.out[row], factors.out[row + 8]);  // E
@@ -307,8 +395,8 @@ __device__ __forceinline__ void walk_keys(const BackwardParams& p, WalkShared<E,
     }
     cp_async_wait_for<0>();
     publish();
-    arrive(&m.tokens_full);
-    wait(&m.tokens_full, turn);
+    arrive(&m.H_full);
+    wait(&m.H_full, turn);
     {
       float outer[8][4];
       hand_over(outer);
@@ -381,16 +469,17 @@ __device__ __forceinline__ void walk_keys(const BackwardParams& p, WalkShared<E,
           arrive(&m.done);
           sync(own, 128);  // this warpgroup is done with the tokens
           load_A(i - 1);
+          wait(&m.outer_free, turn);  // e and inner, which lie in H, are done with, too
+          load_H(i - 1);
         }
         const Chunk c = m.chunk(p, i);
         store_window<E>(rows_of(values ? p.dv : p.dk, c, head), dx, warp, 0, c.length, d);
       }
     }
-    wait(&m.outer_free, turn);  // e and inner, which lie in H, are done with, too
-    load_H(i - 1);
     turn ^= 1;
   }
-  if (float* out = static_cast<float*>(values ? p.dhv0 : p.dhk0); out && m.first) store_registers(out + (n * p.H + head) * D * p.M, dH, values, D, p.M, warp);
+  if (float* out = static_cast<float*>(values ? p.dhv0 : p.dhk0); out && shared.first)
+    store_registers(out + (n * p.H + head) * D * p.M, dH, values, D, p.M, warp);
 }
 
 // `cut` is written: whether a sequence and head are left out. packed: sequences of several lengths, in a kernel of its own (hopper_fused.cu).
@@ -406,7 +495,7 @@ __global__ __launch_bounds__(512, 1) void walk_kernel(const __grid_constant__ Ba
   const int64_t n = packed ? longest_first(p, item, m.found) : item / segments.count;
   const int role = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (threadIdx.x == 0) {
-    for (uint64_t* barrier : {&m.tokens_full, &m.tokens_free, &m.Y_full, &m.keys_ready, &m.outer_free, &m.done}) init(barrier, 256);
+    for (uint64_t* barrier : {&m.tokens_full, &m.H_full, &m.tokens_free, &m.Y_full, &m.keys_ready, &m.outer_free, &m.done}) init(barrier, 256);
     for (uint64_t* barrier : {&m.Hk_free, &m.inner_full}) init(barrier, 128);
     init(&m.gates_full, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

@@ -937,17 +937,22 @@ __device__ inline void diagonal_of(float (&d)[2], const float (&x)[8][4], int wa
   d[0] = __shfl_sync(0xffffffffu, top, lane), d[1] = __shfl_sync(0xffffffffu, bottom, lane);
 }
 
+struct Nothing {
+  __device__ void operator()() const {}
+};
+
 // o[i, m] = exp(ref) (a H) + X S, X = tril(a b^T): times R, o1 / scale from (q, k, Hk), dp from (d_o, v, Hv). All slots, or 32: H, S, in from the first one on.
-// diagonal false: X strictly lower, and the diagonal of a b^T apart, of rows lane / 4 and lane / 4 + 8.
-template <class E, int D, bool diagonal, int NT>
+// diagonal false: X strictly lower, and the diagonal of a b^T apart, of rows lane / 4 and lane / 4 + 8. states(): when H is needed, a little later than a and b.
+template <class E, int D, bool diagonal, int NT, class States = Nothing>
 __device__ __forceinline__ void scores(float (&o)[NT][4], float (&d)[2], const E* a, const E* b, const E* H, const E* S, const float* in, int warp,
-                                       float* diagonals = nullptr) {
+                                       float* diagonals = nullptr, States&& states = {}) {
   float x[8][4];
   hand_over(x);
   hand_over(o);
   products_begin();
   product<E, D / 16, 0, 0>(x, kmajor(a), kmajor(b), false);
   products_commit();
+  states();
   product<E, D / 16, 0, 1>(o, kmajor(a), mnmajor(H), false);
   products_commit();
   products_wait<1>();
