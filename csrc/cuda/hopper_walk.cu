@@ -85,7 +85,7 @@ __device__ __forceinline__ void store_pairs(const View& v, const Rows& rows, con
 // store_gate_gradients (core/backward.cuh) in fp32, without products, and in half of the instructions: a warp's 16 rows change hands in shared memory, so that a thread has two
 // slots of eight tokens; then what the other threads' tokens come to. terms: room for two tiles; barrier: of this warpgroup. edge(slot): of a pair of slots;
 // forgets(token, slot, dg): 0 in the place of those whose gate is a reset, which forgets whatever it would have changed. Where s is not given but 1 - exp(g), ds is exp(g) ds,
-// and goes into dg.
+// and goes into dg. (hopper_keys.cu has products still: docs/kernels.md says why.)
 template <class E, class ChunkOf, class Edge, class Forgets>
 __device__ __forceinline__ void store_gate_sums(const BackwardParams& p, ChunkOf&& chunk, int head, int bank, int half, const float (&T)[4][4],
                                                 const float (&F)[4][4], const float (&ds)[4][4], E* terms, int barrier, int warp, Edge&& edge,
