@@ -9,12 +9,12 @@
 //
 // dk, dv and inner are sums over the query heads of the group. And then, the sum of both sides:
 //     ds_j = (inner + outer + diagonal of (B A^T) Y) / R
-//     dg_t = sum_{u >= t} (e_u - S_u inner_u) + sum_{j < t} S_j outer_j + edge           (products with triangles of ones)
+//     dg_t = sum_{u >= t} (e_u - S_u inner_u) + sum_{j < t} S_j outer_j + edge           (sums, in fp32)
 // Neither e nor inner has the diagonal, and what comes from after the chunk is summed from the front: nothing large is left to cancel (chunk_backward.cu).
 //
 // Two warpgroups for a bank. The first has inner and the diagonal, the second outer, and dk and dv: all dimensions, with two banks half of them. In the end they
 // give each other half of the slots, for ds and dg. With one bank two blocks on a multiprocessor. What has to be more exact than 16 bits is an operand in two parts: X
-// in inner, S, Y, W and E of the values, the terms of dg.
+// in inner, S, Y, W and E of the values.
 //
 // A chunk of several windows, in a branch of its own: S is relative to the chunk's end, E the cotangent after it, Y relative to nothing. W and inner are made token by
 // token (core/exact.cuh), outer is multiplied by exp(G_end - G), R is 1. First dk, dv and outer, then inner and the diagonal: fewer registers at a time, more loads.
@@ -50,7 +50,7 @@ struct KeysShared {
   // Of a bank, in the end.
   __device__ float* given(int bank) { return reinterpret_cast<float*>(stage) + bank * 2 * 64 * 32; }
   __device__ float* outer_of(int bank) { return BANKS == 1 ? outer : given(BANKS) + bank * 64 * 64; }
-  static_assert(BANKS * (BANKS == 1 ? 32 : 48) * 1024 <= 2 * sizeof(Stage) + sizeof(E) * BANKS * 64 * D);
+  static_assert((BANKS == 1 ? 48 : 96) * 1024 <= 2 * sizeof(Stage) + (BANKS == 1 ? 0 : sizeof(E) * BANKS * 64 * D));
 };
 static_assert(sizeof(KeysShared<bf16, 128, 1>) <= 113 * 1024 && sizeof(KeysShared<bf16, 128, 2>) <= 227 * 1024);
 
@@ -114,16 +114,24 @@ __device__ __forceinline__ void gate_gradients(const BackwardParams& p, const Ba
       }
   }
   __syncthreads();  // everybody has what it was given
-  const float* const edges = w.edge + (at + bank) * 2 * D + col;
+  const float* const edges = w.edge + (at + bank) * 2 * D;
   store_gate_gradients(
       p, [&] { return c; }, head, bank, half, T, outer, inner, terms, 2 + own, warp,
-      [&](int t, int e) {
-        float edge = 0.f;
+      [&](int slot) {
+        float2 edge = make_float2(0.f, 0.f);
 #pragma unroll
-        for (int i = 0; i < D / 32; ++i) edge += edges[i * 64 + t * 8 + e];
+        for (int i = 0; i < D / 32; ++i) {
+          const float2 x = *reinterpret_cast<const float2*>(edges + i * 64 + slot);
+          edge.x += x.x, edge.y += x.y;
+        }
         return edge;
       },
-      [&](int j, int t, int k) { return exact ? s[t][k] == 0.f : j == 0 && image[bank].start[col + t * 8 + (k & 1)] == 0.f; });
+      [&](int token, int slot, float2& dg) {
+        if (!exact && token) return;
+        const float2 a = *reinterpret_cast<const float2*>(exact ? exp_g + token * kSlots + slot : image[bank].start + slot);
+        if (a.x == 0.f) dg.x = 0.f;
+        if (a.y == 0.f) dg.y = 0.f;
+      });
 }
 
 // A chunk of several windows (core/exact.cuh): X, or W, and Y; S and E in their place.
@@ -517,7 +525,7 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __gr
   }
   get(outer, m.outer_of(bank) + half * 4 * 512, tid);
 
-  E* const terms = reinterpret_cast<E*>(m.stage) + own * 2 * kTile;
+  E* const terms = reinterpret_cast<E*>(m.stage) + (own + (BANKS == 1)) * 2 * kTile;  // with one bank behind what was given
   gate_gradients<false, D, BANKS>(p, w, c, head, inner, outer, diagonal, m.S[bank][0], static_cast<const float*>(nullptr), terms, own, tid, heads);
 #endif
 }

@@ -69,83 +69,6 @@ __device__ inline T& anew(T& x) {
   return *reinterpret_cast<T*>(reinterpret_cast<char*>(&x) + kept(0));
 }
 
-// Of gates, pairs of slots of eight tokens from `row` on.
-template <class E>
-__device__ __forceinline__ void store_pairs(const View& v, const Rows& rows, const float2 (&x)[8], int row, int length, int slot) {
-  auto store = [&]<class Pair>(Pair* to, auto&& pair) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i, to += rows.step / 2)
-      if (row + i < length) *to = pair(x[i]);
-  };
-  const int64_t first = rows.at(row) + slot;
-  if (v.dtype == DType::f32) store(reinterpret_cast<float2*>(static_cast<float*>(v.ptr) + first), [](float2 y) { return y; });
-  else store(reinterpret_cast<uint32_t*>(static_cast<E*>(v.ptr) + first), [](float2 y) { return pack<E>(y.x, y.y); });
-}
-
-// store_gate_gradients (core/backward.cuh) in fp32, without products, and in half of the instructions: a warp's 16 rows change hands in shared memory, so that a thread has two
-// slots of eight tokens; then what the other threads' tokens come to. terms: room for two tiles; barrier: of this warpgroup. edge(slot): of a pair of slots;
-// forgets(token, slot, dg): 0 in the place of those whose gate is a reset, which forgets whatever it would have changed. Where s is not given but 1 - exp(g), ds is exp(g) ds,
-// and goes into dg. (hopper_keys.cu has products still: docs/kernels.md says why.)
-template <class E, class ChunkOf, class Edge, class Forgets>
-__device__ __forceinline__ void store_gate_sums(const BackwardParams& p, ChunkOf&& chunk, int head, int bank, int half, const float (&T)[4][4],
-                                                const float (&F)[4][4], const float (&ds)[4][4], E* terms, int barrier, int warp, Edge&& edge,
-                                                Forgets&& forgets) {
-  float *const tile = reinterpret_cast<float*>(terms), *const T_rows = tile + warp * 16 * 32,
-               *const F_rows = T_rows + 64 * 32;  // [token][32], permuted by token % 4
-  auto put_rows = [&](float* rows, const float (&x)[4][4]) {
-    float* const to = rows + frag_row() * 32 + frag_col();
-#pragma unroll
-    for (int t = 0; t < 4; ++t)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) *reinterpret_cast<float2*>(to + h * 256 + ((t * 8) ^ ((frag_row() & 3) * 8))) = make_float2(x[t][2 * h], x[t][2 * h + 1]);
-  };
-  const int lower = lane_id() >> 4, column = (lane_id() & 15) * 2;
-  auto get_rows = [&](float2(&x)[8], const float* rows) {
-    const float* const from = rows + lower * 256;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] = *reinterpret_cast<const float2*>(from + i * 32 + (column ^ ((i & 3) * 8)));
-  };
-  auto plus = [](float2 x, float2 y) { return make_float2(x.x + y.x, x.y + y.y); };
-  float2 dg[8], base;
-  __syncwarp();
-  put_rows(T_rows, T), put_rows(F_rows, F);
-  __syncwarp();
-  {
-    float2 front[8], sum = make_float2(0.f, 0.f);
-    get_rows(dg, T_rows), get_rows(front, F_rows);
-    __syncwarp();
-    put_rows(F_rows, ds);
-#pragma unroll
-    for (int i = 6; i >= 0; --i) dg[i] = plus(dg[i], dg[i + 1]);
-    const float2 all = dg[0];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) dg[i] = plus(dg[i], sum), sum = plus(sum, front[i]);
-    const float2 T_other = make_float2(__shfl_xor_sync(0xffffffffu, all.x, 16), __shfl_xor_sync(0xffffffffu, all.y, 16));
-    const float2 F_other = make_float2(__shfl_xor_sync(0xffffffffu, sum.x, 16), __shfl_xor_sync(0xffffffffu, sum.y, 16));
-    base = lower ? F_other : T_other;
-    *reinterpret_cast<float2*>(T_rows + lower * 32 + column) = lower ? plus(sum, F_other) : plus(all, T_other);  // of the warp
-  }
-  sync(barrier, 128);
-  base = plus(base, edge(half * 32 + column));
-#pragma unroll
-  for (int w = 0; w < 4; ++w)
-    if (w != warp) base = plus(base, *reinterpret_cast<const float2*>(tile + (w * 16 + (w < warp)) * 32 + column));
-  const bool coupled = p.s.ptr == nullptr;
-  const int row = warp * 16 + lower * 8, slot = bank * kSlots + half * 32 + column;
-  float2 own[8];
-  get_rows(own, F_rows);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    dg[i] = plus(dg[i], base);
-    forgets(row + i, half * 32 + column, dg[i]);
-    if (coupled) dg[i].x -= own[i].x, dg[i].y -= own[i].y;
-  }
-  if (slot >= p.M) return;
-  const Chunk c = chunk();
-  store_pairs<E>(p.dg, rows_of(p.dg, c, head), dg, row, c.length, slot);
-  if (!coupled) store_pairs<E>(p.ds, rows_of(p.ds, c, head), own, row, c.length, slot);
-}
-
 [[maybe_unused]] constexpr int kOfQueries = 1, kOfKeys = 2;  // barriers of 256
 
 // Queries 0 and 1.
@@ -283,7 +206,7 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
 
     // ds in the place of inner; terms of dg from the back, from the front
     float T[4][4], F[4][4];
-    bool resets[2] = {};  // of the first token, its slots store_gate_sums gives this thread
+    bool resets[2] = {};  // of the first token, its slots store_gate_gradients gives this thread
     {
       const bool coupled = p.s.ptr == nullptr;
       auto& m = anew(shared);
@@ -324,7 +247,7 @@ __device__ __forceinline__ void walk_queries(const BackwardParams& p, WalkShared
     {
       auto& m = anew(shared);
       const int warp = __shfl_sync(0xffffffffu, kept(threadIdx.x) % 128 / 32, 0);
-      store_gate_sums(
+      store_gate_gradients(
           p, [&] { return m.chunk(p, i); }, head, 0, half, T, F, inner, m.Y[half][0], 4 + half, warp,
           [&](int slot) {
             const float2 k = *reinterpret_cast<const float2*>(&m.edge[turn][0][slot]), v = *reinterpret_cast<const float2*>(&m.edge[turn][1][slot]);
