@@ -20,11 +20,13 @@ from benchmarks.report import Report
 from gsa_ext import chunk_gsa, gsa_step
 
 State = tuple[torch.Tensor, torch.Tensor]
-GPU: list[tuple[list[int], int, int, int, int]] = [  # lengths, HQ, H, D, M; tokens alone are a step
+Lengths = list[int] | tuple[int, int]  # of packed sequences; tokens alone are a step. Or B, T
+GPU: list[tuple[Lengths, int, int, int, int]] = [  # .., HQ, H, D, M
     ([1024] * 16, 32, 8, 128, 64), ([2048] * 8, 32, 8, 128, 64), ([4096] * 4, 32, 32, 128, 64), ([64] * 32 + [2048], 32, 8, 128, 64),
-    ([1] * 56 + [256] * 8, 32, 8, 128, 64), ([1] * 64, 32, 8, 128, 64), ([1] * 256, 32, 8, 128, 64), ([1] * 64, 32, 32, 128, 64),
+    ([1] * 56 + [256] * 8, 32, 8, 128, 64), ((4, 4096), 32, 8, 128, 64), ((1, 16384), 32, 32, 128, 64), ((16, 2048), 4, 4, 512, 64),
+    ([2048] * 16, 4, 4, 512, 64), ([1] * 64, 32, 8, 128, 64), ([1] * 256, 32, 8, 128, 64), ([1] * 64, 32, 32, 128, 64), ([1] * 128, 4, 4, 512, 64),
 ]  # fmt: skip
-CPU = [([256] * 4, 8, 8, 64, 64), ([1] * 28 + [64] * 4, 8, 2, 64, 64), ([1] * 64, 8, 8, 64, 64)]
+CPU: list[tuple[Lengths, int, int, int, int]] = [([256] * 4, 8, 8, 64, 64), ([1] * 28 + [64] * 4, 8, 2, 64, 64), ([1] * 64, 8, 8, 64, 64)]
 
 
 def main() -> int:
@@ -36,19 +38,21 @@ def main() -> int:
     args = parser.parse_args()
     device = torch.device(args.device)
     with Report(args.out, "pool", device.type, args.seconds, plot) as report, torch.no_grad():
-        for lengths, *heads in GPU if device.type == "cuda" else CPU:
+        for which, *heads in GPU if device.type == "cuda" else CPU:
+            packed = isinstance(which, list)
+            lengths = which if isinstance(which, list) else [which[1]] * which[0]
             for name in ("", "portable") if device.type == "cuda" and max(lengths) > 1 else ("",):
                 if not report.late((len(lengths), heads, name)):
                     with kernels(name):
-                        report.add(measure(lengths, *heads, name, device, args.turn))
+                        report.add(measure(lengths, packed, *heads, name, device, args.turn))
     return 0 if all(row["equal"] for row in report.rows) else 1
 
 
-def measure(lengths: list[int], HQ: int, H: int, D: int, M: int, which: str, device: torch.device, seconds: float) -> dict[str, Any]:
+def measure(lengths: list[int], packed: bool, HQ: int, H: int, D: int, M: int, which: str, device: torch.device, seconds: float) -> dict[str, Any]:
     cuda, N, step = device.type == "cuda", len(lengths), max(lengths) == 1
     P, T, times = N + N // 4 + 1, sum(lengths), 10 if step else 4
-    x = make(Shape(1, T, HQ, H, D, M, "bfloat16"), device, 0)
-    cu = torch.tensor([0, *lengths], device=device).cumsum(0)
+    x = make(Shape(1, T, HQ, H, D, M, "bfloat16") if packed else Shape(N, T // N, HQ, H, D, M, "bfloat16"), device, 0)
+    cu = torch.tensor([0, *lengths], device=device).cumsum(0) if packed else None
     where = torch.randperm(P, device=device)[:N]
     sets = times if step else 1                                              # of a step's states, so that they do not stay in the cache
 
@@ -80,13 +84,14 @@ def measure(lengths: list[int], HQ: int, H: int, D: int, M: int, which: str, dev
     ms = alternate({**turns, "copy": copier(device)[0]}, cuda, seconds, cover=False)
     ms = {name: ms[name] / times for name in calls}
     what = f"{N} tokens" if step else f"{N} x {lengths[0]}" if len(set(lengths)) == 1 else " + ".join(f"{lengths.count(n)} x {n}" for n in sorted(set(lengths)))
+    what += "" if packed else ", not packed"
     row = {
         "what": "step" if step else "chunk_gsa", "shape": f"{what}, {HQ}/{H} D{D} M{M}", "kernels": which or "automatic",
-        "lengths": lengths, "HQ": HQ, "H": H, "D": D, "M": M, "ms": ms, "equal": equal,
+        "lengths": lengths, "packed": packed, "HQ": HQ, "H": H, "D": D, "M": M, "ms": ms, "equal": equal,
         "slower_percent": {name: 100 * value / ms["in order"] - 100 for name, value in ms.items() if name != "in order"},
     }  # fmt: skip
     more = "  ".join(f"{name} {value:+.1f} %" for name, value in row["slower_percent"].items())
-    print(f"{row['shape']:<40} {row['kernels']:<10} us: {'  '.join(f'{name} {1e3 * value:.1f}' for name, value in ms.items())}; than in order: {more}"
+    print(f"{row['shape']:<42} {row['kernels']:<10} us: {'  '.join(f'{name} {1e3 * value:.1f}' for name, value in ms.items())}; than in order: {more}"
           f"{'' if equal else '  DIFFERENT BITS'}", flush=True)
     return row
 

@@ -259,30 +259,12 @@ Tensor prefill(const Tensor& q_, const Tensor& k_, const Tensor& v_, const OptTe
   check_indices(state_indices, hk.size(0));
   TORCH_CHECK_VALUE(exact || !reverse, "reverse: the chunked form goes forward only; use fused_recurrent_gsa");
   const c10::DeviceGuard guard(q_.device());
-  Tensor indices = state_indices.contiguous();
-  auto into_pool = [&](auto& p) { p.state_indices = indices.data_ptr(), p.indices_64 = indices.scalar_type() == at::kLong, p.P = hk.size(0); };
+  const Tensor indices = state_indices.contiguous();
+  auto into_pool = [&](auto& p) {
+    p.state_indices = indices.data_ptr(), p.indices_64 = indices.scalar_type() == at::kLong, p.P = hk.size(0), p.state_dtype = dtype_of(hk.scalar_type());
+  };
   Tensor o = at::empty({q_.size(0), q_.size(1), q_.size(2), v_.size(3)}, q_.options());
   if (o.numel() == 0 || indices.numel() == 0) return o.zero_();
-  // A pool in bf16: its rows as fp32 are a pool of their own, and go back when it is done.
-  const bool narrow = hk.scalar_type() == at::kBFloat16;
-  const Tensor pooled[] = {hk, hv, g_ ? Tensor() : *z}, pooled_indices = indices;
-  Tensor rows[3];
-  PoolParams pool;
-  if (narrow) {
-    into_pool(pool);
-    const int64_t N = pool.N = indices.numel();
-    for (int i = 0; i < 3 && pooled[i].defined(); ++i) {
-      auto shape = pooled[i].sizes().vec();
-      shape[0] = N;
-      rows[i] = at::empty(shape, pooled[i].options().dtype(at::kFloat));
-      pool.parts[i] = {pooled[i].data_ptr(), rows[i].data_ptr<float>(), rows[i].numel() / N};
-    }
-    indices = at::empty({N}, indices.options().dtype(at::kInt));
-    pool.numbers = indices.data_ptr<int32_t>();
-    pool.stream = stream_of(q_);
-    GSA_CALL(q_, widen_states)(pool);
-    hk = rows[0], hv = rows[1];
-  }
   Tensor s = s_.value_or(Tensor()), g = g_.value_or(Tensor());
   if (!g_) {
     const Tensor e = readable(*s_), cu = cu_ ? cu_->contiguous() : Tensor();
@@ -291,7 +273,7 @@ Tensor prefill(const Tensor& q_, const Tensor& k_, const Tensor& v_, const OptTe
     AbcParams p;
     fill_abc(p, e, cu, reverse);
     into_pool(p);
-    p.z0 = p.zT = narrow ? rows[2].data_ptr() : z->data_ptr();
+    p.z0 = p.zT = z->data_ptr();
     p.s = view(s), p.g = view(g);
     GSA_CALL(q_, abc_gates)(p);
   }
@@ -304,7 +286,6 @@ Tensor prefill(const Tensor& q_, const Tensor& k_, const Tensor& v_, const OptTe
   const Tensor w = workspace(p, exact ? GSA_CALL(q_, recurrent_workspace)(p) : GSA_CALL(q_, forward_workspace)(p), q_);
   if (exact) GSA_CALL(q_, recurrent_forward)(p);
   else GSA_CALL(q_, chunk_forward)(p);
-  if (narrow) GSA_CALL(q_, narrow_states)(pool);
   return o;
 }
 

@@ -35,7 +35,7 @@ struct Params {
   View s;                             // [B, T, H, M] write strength; ptr == nullptr: coupled, s = -expm1(g)
   View g;                             // [B, T, H, M] log gate, in [-inf, 0]
 
-  // States are contiguous, fp32 (fp64 when q is fp64). nullptr: zero.
+  // States are contiguous, of state_dtype. nullptr: zero.
   const void* hk0 = nullptr;          // [N or 1, H, K, M]
   const void* hv0 = nullptr;          // [N or 1, H, M, V]
   bool h0_broadcast = false;          // the leading dimension of hk0 and hv0 is 1: every sequence starts from the same state
@@ -45,6 +45,7 @@ struct Params {
   const void* state_indices = nullptr;  // [N]
   bool indices_64 = false;
   int64_t P = 0;
+  DType state_dtype = DType::f32;     // of hk0, hv0, hkT, hvT: f32; bf16 in a pool whose states are; f64 when q is f64
 
   // Boundary states: the states before each chunk of chunk_length() tokens of each sequence, [slots, H, K + V, M]: rows 0..K-1 are Hk,
   // rows K..K+V-1 are Hv transposed. Type: q's dtype, or fp32 under Math::exact. nullptr: not kept (forward) / to be recomputed (backward).
@@ -93,20 +94,6 @@ struct StepParams {
   void* stream = nullptr;
 };
 
-// Rows of a pool of bf16 states, widened to fp32 one after the other and narrowed back: what reads whole sequences knows fp32 alone.
-struct PoolParams {
-  int64_t N = 0, P = 0;
-  const void* state_indices = nullptr;  // [N], as in Params
-  bool indices_64 = false;
-  struct Part {
-    void* pool = nullptr;               // [P, size] bf16
-    float* rows = nullptr;              // [N, size]; of padding: zeros or what was there, never used
-    int64_t size = 0;
-  } parts[3];                           // Hk, Hv and, in ABC, z
-  int32_t* numbers = nullptr;           // [N] written by widen: n, -1 for padding; the state_indices that belong to `rows`
-  void* stream = nullptr;
-};
-
 // ABC: gates and write strengths from raw slot logits e, z_t = logaddexp(z_{t-1}, e_t), g_t = z_{t-1} - z_t, s_t = exp(e_t - z_t).
 struct AbcParams {
   int64_t B = 0, T = 0, N = 0;
@@ -115,7 +102,8 @@ struct AbcParams {
   const void* cu_seqlens = nullptr;
   bool cu_seqlens_64 = false;
   View e;                             // [B, T, H, M]
-  const void* z0 = nullptr;           // [N, H, M] fp32 (fp64); nullptr: -inf, and the first write of a slot has g = 0
+  DType state_dtype = DType::f32;     // of z0, zT, as in Params
+  const void* z0 = nullptr;           // [N, H, M]; nullptr: -inf, and the first write of a slot has g = 0
   const void* state_indices = nullptr;  // [N], a pool of P rows z0 = zT, as in Params
   bool indices_64 = false;
   int64_t P = 0;
@@ -238,9 +226,7 @@ constexpr int64_t kept_gates(DType dtype, int64_t K, int64_t V, int64_t M) {
   int64_t recurrent_workspace(const Params&);   \
   void step(const StepParams&);                 \
   void abc_gates(const AbcParams&);             \
-  void abc_gates_backward(const AbcParams&);    \
-  void widen_states(const PoolParams&);         \
-  void narrow_states(const PoolParams&);
+  void abc_gates_backward(const AbcParams&);
 
 namespace cpu {
 GSA_BACKEND

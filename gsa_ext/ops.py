@@ -82,8 +82,8 @@ def chunk_gsa(
             too), contiguous, of which sequence n has row ``state_indices[n]``, no row twice. It starts from what is there, and its state after the last
             token is written there, **in place**; no other row is touched. A new sequence wants a row of zeros (in ABC z of -inf). -1: padding, whose
             o is 0, whatever its tokens hold, and which changes no state. So prompts, parts of prompts and single tokens can share one packed batch,
-            and :func:`gsa_step` goes on with the same pool. No gradients. For 16-bit inputs the pool may be in bf16, as for :func:`gsa_step`: the rows are
-            computed with in fp32 (which takes that much memory meanwhile) and rounded once, at the end.
+            and :func:`gsa_step` goes on with the same pool. No gradients. For 16-bit inputs the pool may be in bf16, as for :func:`gsa_step`: they are
+            computed with in fp32 and rounded once, at the end.
 
     Returns:
         ``(o [B, T, HQ, V] in q's dtype, final_state or None)``. With ``state_indices`` the final state is ``initial_state`` itself, the pool.

@@ -276,23 +276,6 @@ def test_wide_heads_with_chunks_of_several_windows_among_others(D, r, cuda):
     check(chunk_gsa, x)
 
 
-@once
-@pytest.mark.parametrize("r", [1, 2])
-def test_pool_of_wide_heads(r, cuda):
-    sizes = {"HQ": 2 * r, "H": 2, "K": 256, "V": 256, "M": 64, "dtype": BF16, "device": cuda}
-    x = make_inputs(lengths=[70, 9, 1, 130, 64], **sizes)
-    pool = make_inputs(8, 1, **sizes, initial_state=True)["initial_state"]
-    where = torch.tensor([6, -1, 0, 3, 5], device=cuda)
-    live = where >= 0
-    tokens = torch.repeat_interleave(live, x["cu_seqlens"].diff())
-    want, final = chunk_gsa(**x, initial_state=tuple(t[where.clamp(min=0)] for t in pool), output_final_state=True)
-    before = tuple(t.clone() for t in pool)
-    o, _ = chunk_gsa(**x, initial_state=pool, state_indices=where)
-    assert torch.equal(o[:, tokens], want[:, tokens]) and o[:, ~tokens].eq(0).all()
-    for new, old, expected in zip(pool, before, final):
-        assert torch.equal(new[where[live]], expected[live]) and torch.equal(new[[1, 2, 4, 7]], old[[1, 2, 4, 7]])
-
-
 def test_slices_of_a_fused_projection(cuda):
     """q, k, v as slices of one tensor give the bits of tensors of their own; a cotangent at an odd address too."""
     x = make_inputs(2, 100, 2, 2, 64, 64, 32, dtype=BF16, device=cuda)
@@ -329,31 +312,55 @@ def test_nothing_leaks_between_packed_sequences(cuda):
         assert torch.equal(o[:, :70], want[:, :70]) and torch.equal(o[:, 120:], want[:, 120:]) and o[:, 75:90].isnan().any()
 
 
+def check_pool(x, N, padding, times=3):
+    """Sequences that start from rows of a pool and leave their states there: bits as without a pool, again and again; no other row is touched.
+
+    Padding may hold anything.
+    """
+    device, P = x["q"].device, N + 10
+    (B, T, HQ, K), (H, V) = x["q"].shape, x["v"].shape[2:]
+    mode, M = ("abc", x["s"].shape[-1]) if x["g"] is None else ("coupled", x["g"].shape[-1])
+    states = make_inputs(P, 1, HQ, H, K, V, M, mode=mode, dtype=BF16, device=device, initial_state=True)["initial_state"]
+    where = torch.randperm(P, device=device)[:N]
+    where[padding] = -1
+    live = where >= 0
+    lengths = x["cu_seqlens"].diff() if "cu_seqlens" in x else torch.full((N,), T, device=device)
+    tokens = torch.repeat_interleave(live, lengths).view(B, T)
+    for name in "qkvsg":
+        if x[name] is not None:
+            x[name][~tokens] = torch.nan
+    for dtype in (torch.float32, BF16):
+        held = tuple(t.to(dtype) for t in states)
+        want, final = chunk_gsa(**x, initial_state=tuple(t.float()[where.clamp(min=0)] for t in held), output_final_state=True)
+        reached = torch.zeros(P, dtype=torch.bool, device=device).index_fill(0, where[live], True)
+        for _ in range(times):
+            pool = tuple(t.clone() for t in held)
+            o, _ = chunk_gsa(**x, initial_state=pool, state_indices=where)
+            assert torch.equal(o[tokens], want[tokens]) and o[~tokens].eq(0).all()
+            for new, old, expected in zip(pool, held, final):
+                assert torch.equal(new[where[live]], expected[live].to(dtype)) and torch.equal(new[~reached], old[~reached])
+
+
 @pytest.mark.parametrize("r", [1, 4])
 @pytest.mark.parametrize("mode", ["coupled", "abc"])
 def test_pool(mode, r, cuda):
-    """A group's query heads all start from the state that one of them writes: bits as without a pool, again and again; no other row is touched."""
-    sizes = {"HQ": 8 * r, "H": 8, "K": 64, "V": 64, "M": 64, "mode": mode, "dtype": BF16, "device": cuda}
-    x = make_inputs(lengths=[70, 9, 1, 130, 64] * 8, **sizes)
-    N, P = 40, 50
-    states = make_inputs(P, 1, **sizes, initial_state=True)["initial_state"]
-    where = torch.randperm(P, device=cuda)[:N]
-    where[[1, 7]] = -1
-    live = where >= 0
-    tokens = torch.repeat_interleave(live, x["cu_seqlens"].diff())
-    for name in "qkvsg":
-        if x[name] is not None:
-            x[name][:, ~tokens] = torch.nan                                  # padding may hold anything
-    for _ in range(5):
-        pool = tuple(t.clone() for t in states)
-        o, _ = chunk_gsa(**x, initial_state=pool, state_indices=where)
-        start = tuple(t[where.clamp(min=0)] for t in states)
-        want, final = chunk_gsa(**x, initial_state=start, output_final_state=True)
-        assert torch.equal(o[:, tokens], want[:, tokens]) and o[:, ~tokens].eq(0).all()
-        for new, old, expected in zip(pool, states, final):
-            reached = torch.zeros(P, dtype=torch.bool, device=cuda).index_fill(0, where[live], True)
-            assert torch.equal(new[where[live]], expected[live]) and torch.equal(new[~reached], old[~reached])
-    narrow = tuple(t.bfloat16() for t in states)
-    wide, held = tuple(t.float() for t in narrow), tuple(t.clone() for t in narrow)
-    o, want = (chunk_gsa(**x, initial_state=pool, state_indices=where)[0] for pool in (held, wide))
-    assert torch.equal(o, want) and all(torch.equal(new, old.bfloat16()) for new, old in zip(held, wide))
+    check_pool(make_inputs(lengths=[70, 9, 1, 130, 64] * 8, HQ=8 * r, H=8, K=64, V=64, M=64, mode=mode, dtype=BF16, device=cuda), 40, [1, 7])
+
+
+@pytest.mark.parametrize("r", [1, 4])
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("gate", [8.0, "cut"])
+def test_pool_of_rows(gate, D, r, cuda):
+    """Blocks of a group, and of segments, start from the state that one of them leaves. cut: some segments have chunks of several windows."""
+    x = make_inputs(6, 500, 8 * r, 8, D, D, 64, gate=8.0, dtype=BF16, device=cuda)
+    if gate == "cut":
+        for n, head, first in ((0, 1, 10), (2, 3, 200), (3, 7, 450), (5, 0, 0), (5, 0, 499)):
+            x["g"][n, first : first + 40, head] *= 400
+    check_pool(x, 6, [4])
+
+
+@wide
+@pytest.mark.parametrize("r", [1, 2])
+@pytest.mark.parametrize("D,shape", [(256, {"lengths": [70, 9, 1, 130, 64]}), (512, {"B": 5, "T": 140})])
+def test_pool_of_wide_heads(D, shape, r, cuda):
+    check_pool(make_inputs(**shape, HQ=2 * r, H=2, K=D, V=D, M=64, dtype=BF16, device=cuda), 5, [1])

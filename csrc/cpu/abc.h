@@ -13,20 +13,23 @@ template <class T> void abc_rows(const AbcParams& p, int64_t n, int64_t h) {
   const Rows e = rows(p.e, seq, h, p.reverse), s = rows(p.s, seq, h, p.reverse), g = rows(p.g, seq, h, p.reverse);
   const int64_t row = state_row(p, n) * p.H + h;
   if (row < 0) return;
-  const T* z0 = p.z0 ? static_cast<const T*>(p.z0) + row * p.M : nullptr;
-  T* zT = p.zT ? static_cast<T*>(p.zT) + row * p.M : nullptr;
   with_dtype<T>(e.dtype, [&](auto* type) GSA_LAMBDA {
     using E = std::remove_pointer_t<decltype(type)>;
     for (int m = 0; m < p.M; m += W) {
       const int left = p.M - m;
-      Vec<T> z = z0 ? load_some<T>(z0 + m, left) : splat(-std::numeric_limits<T>::infinity());
+      T first[W];
+      for (int i = 0; i < W; ++i) first[i] = -std::numeric_limits<T>::infinity();
+      const int some = std::min(left, W);
+      if (p.z0) load_row(first, p.z0, row * p.M + m, some, p.state_dtype);
+      Vec<T> z = load<T>(first);
       for (int64_t t = 0; t < seq.length; ++t) {
-        const AbcGate<T> gate = abc_gate<T>(z, load_some<T>(reinterpret_cast<const E*>(e.first + t * e.step) + m, left), z0 != nullptr);
+        const AbcGate<T> gate = abc_gate<T>(z, load_some<T>(reinterpret_cast<const E*>(e.first + t * e.step) + m, left), p.z0 != nullptr);
         z = gate.z;
         store_some<T>(reinterpret_cast<T*>(g.first + t * g.step) + m, gate.g, left);
         store_some<T>(reinterpret_cast<T*>(s.first + t * s.step) + m, gate.s, left);
       }
-      if (zT) store_some<T>(zT + m, z, left);
+      store<T>(first, z);
+      if (p.zT) store_row(p.zT, row * p.M + m, first, some, p.state_dtype);
     }
   });
 }

@@ -181,8 +181,8 @@ template <class T> class Forward {
     if (rowT < 0) return zero_padding(p, piece.n, h);
     const Head head(p, seq, h);
     if (piece.first()) {
-      load_state(w.Hk, d.K, d.M, p.hk0, row0 * d.K * d.M, false);
-      load_state(w.Hv, d.M, d.V, p.hv0, row0 * d.M * d.V, false);
+      load_state(w.Hk, d.K, d.M, p.hk0, row0 * d.K * d.M, false, p.state_dtype);
+      load_state(w.Hv, d.M, d.V, p.hv0, row0 * d.M * d.V, false, p.state_dtype);
     } else {
       const T* before = H.state(h, piece.unit);
       std::memcpy(w.Hk, before, sizeof(T) * Kd);
@@ -215,8 +215,8 @@ template <class T> class Forward {
       product<Start::scale_rows>(Mp, Vp, w.Hv, Vp, {Product<T>{w.w, 1, Mp, w.v, Vp, TILE}}, w.Hv, Vp, w.total);
     }
     if (piece.last()) {
-      store_state(p.hkT, rowT * d.K * d.M, w.Hk, d.K, d.M, false);
-      store_state(p.hvT, rowT * d.M * d.V, w.Hv, d.M, d.V, false);
+      store_state(p.hkT, rowT * d.K * d.M, w.Hk, d.K, d.M, false, p.state_dtype);
+      store_state(p.hvT, rowT * d.M * d.V, w.Hv, d.M, d.V, false, p.state_dtype);
     } else if (piece.first()) {
       T* behind = H.state(h, piece.unit + 1);
       std::memcpy(behind, w.Hk, sizeof(T) * Kd);

@@ -79,31 +79,6 @@ Pieces cut(const Params& p, int64_t unit) {
   return pieces;
 }
 
-namespace {
-
-template <bool widen> void convert_states(const PoolParams& p) {
-  at::parallel_for(0, p.N, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      const int64_t row = state_row(p, n);
-      if (widen) p.numbers[n] = row < 0 ? -1 : static_cast<int32_t>(n);
-      for (const auto& x : p.parts) {
-        if (row < 0) break;
-        c10::BFloat16* const narrow = static_cast<c10::BFloat16*>(x.pool) + row * x.size;
-        float* const wide = x.rows + n * x.size;
-        for (int64_t i = 0; i < x.size; ++i) {
-          if constexpr (widen) wide[i] = narrow[i];
-          else narrow[i] = wide[i];
-        }
-      }
-    }
-  });
-}
-
-}  // namespace
-
-void widen_states(const PoolParams& p) { convert_states<true>(p); }
-void narrow_states(const PoolParams& p) { convert_states<false>(p); }
-
 bool keeps_gates(const Params&) { return false; }
 int64_t forward_workspace(const Params&) { return 0; }
 int64_t backward_workspace(const Params&) { return 0; }

@@ -110,10 +110,9 @@ template <class T> void recurrent_forward(const ForwardParams& params) {
         const Scratch scratch(measure.used());
         Arena arena(scratch.memory);
         Token<T> token = plan(arena);
-        const auto copy = [](void* to, int64_t to_row, const void* from, int64_t from_row, int64_t size) {
-          if (!to) return;
-          if (from) std::memcpy(static_cast<T*>(to) + to_row * size, static_cast<const T*>(from) + from_row * size, size * sizeof(T));
-          else std::memset(static_cast<T*>(to) + to_row * size, 0, size * sizeof(T));
+        const auto load_state = [&](T* to, const void* from, int64_t row, int64_t size) GSA_LAMBDA {
+          if (from) load_row(to, from, row * size, size, p.state_dtype);
+          else std::memset(static_cast<void*>(to), 0, size * sizeof(T));
         };
         for (int64_t item; items.next(item);) {
           const int64_t n = item / H, h = item % H, rowT = state_row(p, n) * H + h, row0 = p.h0_broadcast ? h : rowT, KM = int64_t(K) * M, MV = int64_t(M) * V;
@@ -123,8 +122,8 @@ template <class T> void recurrent_forward(const ForwardParams& params) {
           }
           const Sequence seq = sequence(p, n);
           const Rows k = rows(p.k, seq, h, p.reverse), v = rows(p.v, seq, h, p.reverse), g = rows(p.g, seq, h, p.reverse), s = rows(p.s, seq, h, p.reverse);
-          copy(Hk, 0, p.hk0, row0, KM);
-          copy(Hv, 0, p.hv0, row0, MV);
+          load_state(Hk, p.hk0, row0, KM);
+          load_state(Hv, p.hv0, row0, MV);
           for (int64_t t = 0; t < seq.length; ++t) {
             for (int i = 0; i < r; ++i) token.read(token.q + i * token.Kp, token.Kp, rows(p.q, seq, h * r + i, p.reverse), t, K, T(p.scale));
             token.read(token.k, token.Kp, k, t, K);
@@ -135,8 +134,8 @@ template <class T> void recurrent_forward(const ForwardParams& params) {
             token.advance(Hk, Hv);
             for (int i = 0; i < r; ++i) token.write(rows(p.o, seq, h * r + i, p.reverse), t, i);
           }
-          copy(p.hkT, rowT, Hk, 0, KM);
-          copy(p.hvT, rowT, Hv, 0, MV);
+          if (p.hkT) store_row(p.hkT, rowT * KM, Hk, KM, p.state_dtype);
+          if (p.hvT) store_row(p.hvT, rowT * MV, Hv, MV, p.state_dtype);
         }
       },
       &params);

@@ -291,3 +291,20 @@ template <class T, class F> GSA_INLINE void with_dtype(DType d, F&& f) {
     else f(static_cast<f16*>(nullptr));
   }
 }
+
+// A row of n elements, one of whose dtypes is T.
+template <class T, class To, class From> inline void copy_row(To* to, const From* from, int64_t n) {
+  if constexpr (std::is_same_v<To, From>) std::memcpy(to, from, n * sizeof(T));
+  else
+    for (int64_t i = 0; i < n; i += LANES<T>) {
+      const int some = int(std::min<int64_t>(n - i, LANES<T>));
+      store_some<T>(to + i, load_some<T>(from + i, some), some);
+    }
+}
+// From, and to, element `at` of an array of that dtype.
+template <class T> inline void load_row(T* to, const void* from, int64_t at, int64_t n, DType dtype) {
+  with_dtype<T>(dtype, [&](auto* type) GSA_LAMBDA { copy_row<T>(to, static_cast<const std::remove_pointer_t<decltype(type)>*>(from) + at, n); });
+}
+template <class T> inline void store_row(void* to, int64_t at, const T* from, int64_t n, DType dtype) {
+  with_dtype<T>(dtype, [&](auto* type) GSA_LAMBDA { copy_row<T>(static_cast<std::remove_pointer_t<decltype(type)>*>(to) + at, from, n); });
+}

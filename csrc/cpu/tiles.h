@@ -247,7 +247,8 @@ inline void zero_padding(const ForwardParams& p, int64_t n, int64_t h) {
   }
 }
 
-template <class T> void load_state(T* dst, int rows, int cols, const void* src, int64_t offset, bool transposed) {
+// dtype: T's, or bf16 where a pool's states are; those that are transposed are T.
+template <class T> void load_state(T* dst, int rows, int cols, const void* src, int64_t offset, bool transposed, DType dtype = DType::f32) {
   const int ld = padded(cols);
   std::memset(static_cast<void*>(dst), 0, sizeof(T) * padded(rows) * ld);
   if (!src) return;
@@ -255,16 +256,16 @@ template <class T> void load_state(T* dst, int rows, int cols, const void* src, 
   for (int i = 0; i < rows; ++i)
     if (transposed)
       for (int j = 0; j < cols; ++j) dst[i * int64_t(ld) + j] = from[j * int64_t(rows) + i];
-    else std::memcpy(dst + i * int64_t(ld), from + i * int64_t(cols), sizeof(T) * cols);
+    else load_row(dst + i * int64_t(ld), src, offset + i * int64_t(cols), cols, dtype);
 }
-template <class T> void store_state(void* dst, int64_t offset, const T* src, int rows, int cols, bool transposed) {
+template <class T> void store_state(void* dst, int64_t offset, const T* src, int rows, int cols, bool transposed, DType dtype = DType::f32) {
   if (!dst) return;
   const int ld = padded(cols);
   T* to = static_cast<T*>(dst) + offset;
   for (int i = 0; i < rows; ++i)
     if (transposed)
       for (int j = 0; j < cols; ++j) to[j * int64_t(rows) + i] = src[i * int64_t(ld) + j];
-    else std::memcpy(to + i * int64_t(cols), src + i * int64_t(ld), sizeof(T) * cols);
+    else store_row(dst, offset + i * int64_t(cols), src + i * int64_t(ld), cols, dtype);
 }
 
 // Scratch of one thread: measured first (base == nullptr), then handed out. AddressSanitizer sees what runs over from one array into the next.

@@ -32,7 +32,7 @@ __global__ __launch_bounds__(kSlots) void abc_gates_kernel(const __grid_constant
   const AbcSequence q = abc_sequence(p, n);
   const int64_t row = state_row(p, n), length = q.end - q.begin, slot = (row * p.H + head) * p.M + m;
   const bool there = row >= 0;  // or padding of a pool: silent tokens, for the kernels read them
-  float z = p.z0 && there ? static_cast<const float*>(p.z0)[slot] : -INFINITY;
+  float z = p.z0 && there ? load_as_float(p.z0, slot, p.state_dtype) : -INFINITY;
   auto token = [&](int64_t i) { return p.reverse ? q.end - 1 - i : q.begin + i; };
   auto at = [&](const View& x, int64_t t) { return q.batch * x.batch + t * x.token + head * x.head + m; };
   for (int64_t i0 = 0; i0 < length; i0 += kAhead) {
@@ -57,7 +57,7 @@ __global__ __launch_bounds__(kSlots) void abc_gates_kernel(const __grid_constant
       static_cast<float*>(p.g.ptr)[at(p.g, token(i0 + i))] = g;
     }
   }
-  if (there) static_cast<float*>(p.zT)[slot] = z;
+  if (there) store_as(p.zT, slot, p.state_dtype, z);
 }
 
 __global__ __launch_bounds__(kSlots) void abc_gates_backward_kernel(const __grid_constant__ AbcParams p) {

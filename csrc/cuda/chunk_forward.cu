@@ -144,34 +144,28 @@ States forward_states(const Params& p, void* hkT, void* hvT, bool recompute) {
 
 namespace {
 
-// The parts for Hopper and the walk of heads that have their own keys read and write a pool's rows themselves. For the others what they start from and leave is beside
-// it. In their walks every query head of a group, or segment, starts from it by itself, and not the block that starts with it may be the one that leaves it: there what
-// is written is apart from what is read.
-struct Beside {
-  float *hk, *hv, *hkT, *hvT;
-  static bool needed(const Params& p) { return p.state_indices && (hopper_wide(p) || (hopper_walks(p) && apart(p))); }
-  static bool apart(const Params& p) { return p.HQ > p.H || hopper_segments(p).count > 1; }
-  static int64_t floats(const Params& p) { return needed(p) ? p.N * p.H * (p.K + p.V) * p.M * (apart(p) ? 2 : 1) : 0; }
-  explicit Beside(const Params& p) : hk(static_cast<float*>(p.workspace)), hv(hk + p.N * p.H * p.K * p.M), hkT(hk), hvT(hv) {
-    const int64_t size = p.N * p.H * (p.K + p.V) * p.M;
-    if (apart(p)) hkT += size, hvT += size;
-  }
-};
-
-// The workspace after that. A group of query heads shares its gates, parts need them for every chunk; where neither is the case (`fuses`) the walk makes its own, unless
-// they are kept for backward. Where backward goes in parts the states are made as it would make them again, and may find them kept.
+// The workspace for Hopper. A group of query heads shares its gates, parts need them for every chunk; where neither is the case (`fuses`) the walk makes its own, unless
+// they are kept for backward. Where backward goes in parts the states are made as it would make them again, and may find them kept. In walks every query head of a group,
+// or segment, starts from a pool's row by itself, and not the block that starts with it may be the one that leaves it: they are counted.
 struct HopperPlan {
   bool walks, fuses, images, few;
-  int64_t cut, starts, states, products, bytes;   // offsets; the images are at 0
+  bool counts;
+  int64_t cut, started, starts, states, products, bytes;   // offsets; the images are at 0
   explicit HopperPlan(const Params& p)
-      : walks(hopper_walks(p)), fuses(hopper_fuses(p)), images(!fuses || p.gates), few(!fuses && (!walks || p.boundary) && hopper_few(p)) {
+      : walks(hopper_walks(p)),
+        fuses(hopper_fuses(p)),
+        images(!fuses || p.gates),
+        few(!fuses && (!walks || p.boundary) && hopper_few(p)),
+        counts(p.state_indices && walks && (p.HQ > p.H || hopper_segments(p).count > 1)) {
     const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, chunk_length(p.q.dtype, p.math, p.M));
     cut = images && !p.gates ? arena(hopper_gates_bytes(p), 1) : 0;
-    starts = cut + (walks && images ? arena(p.N * p.H * hopper_segments(p).count, 4) : 0);
+    started = cut + (walks && images ? arena(p.N * p.H * hopper_segments(p).count, 4) : 0);
+    starts = started + (counts ? arena(started_bytes(p), 1) : 0);
     states = starts + arena(hopper_starts_floats(p), 4);
     products = states + (walks || p.boundary ? 0 : arena(slots * p.H * (p.K + p.V) * p.M, 2));
     bytes = products + (few ? arena(hopper_products_bytes(p), 1) : hopper_wide(p) ? arena(hopper_wide_scores_bytes(p), 1) : 0);
   }
+  static int64_t started_bytes(const Params& p) { return p.N * p.H * 2 * static_cast<int64_t>(sizeof(int)); }
 };
 
 void forward_for_hopper(const ForwardParams& p) {
@@ -180,9 +174,12 @@ void forward_for_hopper(const ForwardParams& p) {
   void* const images = p.gates ? p.gates : room;
   int* const cut = reinterpret_cast<int*>(room + at.cut);
   float* const starts = hopper_segments(p).count > 1 ? reinterpret_cast<float*>(room + at.starts) : nullptr;
+  int* const started = at.counts ? reinterpret_cast<int*>(room + at.started) : nullptr;
+  if (started) check(cudaMemsetAsync(started, 0, HopperPlan::started_bytes(p), static_cast<cudaStream_t>(p.stream)), "cudaMemsetAsync");
   if (starts) hopper_starts(p, starts);
   if (at.images) hopper_gates(p, images, at.fuses);
-  if (at.fuses) return at.images ? hopper_forward(p, p.boundary, images, cut, starts, true) : hopper_forward(p, p.boundary, nullptr, nullptr, starts);
+  if (at.fuses)
+    return at.images ? hopper_forward(p, p.boundary, images, cut, starts, started, true) : hopper_forward(p, p.boundary, nullptr, nullptr, starts, started);
   float* const products = at.few ? reinterpret_cast<float*>(room + at.products) : nullptr;
   if (!at.walks) {
     void* const states = p.boundary ? p.boundary : room + at.states;
@@ -194,7 +191,7 @@ void forward_for_hopper(const ForwardParams& p) {
     static_cast<Params&>(states_only) = p;
     hopper_states(states_only, images, p.boundary, products);
   }
-  hopper_forward(p, nullptr, images, cut, starts);
+  hopper_forward(p, nullptr, images, cut, starts, started);
 }
 
 }  // namespace
@@ -214,21 +211,12 @@ bool keeps_gates(const Params& p) { return hopper_takes(p) && kept_gates(p.q.dty
 
 int64_t forward_workspace(const Params& p) {
   if (p.math == Math::tf32 && p.boundary) return std::max(states_workspace(without_boundary(p)), states_workspace(exactly(p)));
-  return hopper_takes(p) ? Beside::floats(p) * 4 + HopperPlan(p).bytes : states_workspace(p);
+  return hopper_takes(p) ? HopperPlan(p).bytes : states_workspace(p);
 }
 
 void chunk_forward(const ForwardParams& p) {
   require_device();
-  if (hopper_takes(p)) {
-    if (!Beside::needed(p)) return forward_for_hopper(p);
-    const Beside own(p);
-    ForwardParams x = p;
-    x.hk0 = own.hk, x.hv0 = own.hv, x.hkT = own.hkT, x.hvT = own.hvT, x.state_indices = nullptr;
-    x.workspace = own.hk + Beside::floats(p);
-    states_from_pool(p, own.hk, own.hv);
-    forward_for_hopper(x);
-    return states_to_pool(p, own.hkT, own.hvT);
-  }
+  if (hopper_takes(p)) return forward_for_hopper(p);
   if (p.math == Math::tf32 && p.boundary) {
     forward_states(exactly(p), nullptr, nullptr, true);
     ForwardParams x = p;

@@ -41,9 +41,8 @@ inline bool hopper_fuses(const Params& p) { return p.HQ == p.H && hopper_walks(p
 
 // boundary: the states before each chunk are written there; nullptr: not kept. p.o.ptr == nullptr: states only. images: of hopper_gates, which take less time than
 // making the same gates for every query head; with them `cut`, room for [N, segments, H] numbers. nullptr: made here. starts: of hopper_starts, where there are several
-// segments. plain: what images are, as in hopper_gates.
-void hopper_forward(const ForwardParams& p, void* boundary, const void* images = nullptr, int* cut = nullptr, const float* starts = nullptr,
-                    bool plain = false);
+// segments. started: [N, H, 2] zeros, if several blocks start from a state of a pool that one of them writes anew. plain: what images are, as in hopper_gates.
+void hopper_forward(const ForwardParams& p, void* boundary, const void* images, int* cut, const float* starts, int* started, bool plain = false);
 // The states at the beginning of each segment but the first, in room for hopper_starts_floats.
 void hopper_starts(const Params& p, float* starts);
 __host__ __device__ inline int64_t start_floats(const Params& p) { return int64_t(p.K + p.V) * p.M + 64; }  // of a scan: Hk, Hv, and the decays of all slots

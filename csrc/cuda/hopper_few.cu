@@ -151,7 +151,8 @@ __global__ __launch_bounds__(kThreads) void pass_kernel(const __grid_constant__ 
         for (int e = 0; e < 2; ++e)
           f(h[s][e], ((broadcast ? 0 : pool_row) * p.H + head) * D * p.M + (side ? (state_slot + s) * D + d + e : (d + e) * p.M + state_slot + s));
   };
-  if (const float* in = static_cast<const float*>(ends.first[side])) each_element(ends.broadcast, [&](float& x, int64_t i) { x = in[i]; });
+  with_states(ends.first[side], reverse ? DType::f32 : p.state_dtype,
+              [&](const auto* in) { each_element(ends.broadcast, [&](float& x, int64_t i) { x = to_float(in[i]); }); });
 
   // Counted in chunks, heads and banks: the first one that is passed, and from one to the next.
   const int64_t first_slot = seq.slot + (reverse ? chunks - 1 : 0), first = first_slot * heads + id, step = reverse ? -heads : heads;
@@ -230,7 +231,7 @@ __global__ __launch_bounds__(kThreads) void pass_kernel(const __grid_constant__ 
       }
     }
   }
-  if (float* out = static_cast<float*>(ends.last[side])) each_element(false, [&](float& x, int64_t i) { out[i] = x; });
+  with_states(ends.last[side], reverse ? DType::f32 : p.state_dtype, [&](auto* out) { each_element(false, [&](float& x, int64_t i) { put(out[i], x); }); });
 #endif
 }
 

@@ -11,6 +11,7 @@
 // made once, by hopper_gates.cu, and one thread brings them and the tokens (`images`); sequences and heads with a chunk of several are left to a second launch. So are
 // those that are kept for the backward walk, which reads R in another order (`plain`).
 // With few sequences and heads a block has a segment of a sequence, begins with the state that hopper_starts.cu has found for it, and is otherwise none the wiser.
+// In a pool the state that blocks start from is where one of them, the last in the order of the grid, leaves the new one: it waits until all have read it (`started`).
 //
 //     shared memory        written by        read by           barriers (full / empty)
 //     tokens[2]: q, k, v   keys; values      the same          the warpgroup's own; with images tokens_full, tokens_free [side]
@@ -53,26 +54,36 @@ struct Turn {
   }
 };
 
+// In memory: one more has arrived; wait until so many have.
+[[maybe_unused]] __device__ inline void arrive_there(int* count) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory"); }
+[[maybe_unused]] __device__ inline void wait_there(const int* count, int all) {
+  int now;
+  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(count) : "memory");
+  while (now < all);
+}
+
 // The keys' warpgroup, or the values'.
 template <class E, int D, bool images, bool plain, bool leaves, bool values>
 __device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary, ForwardShared<E, D, images, plain>& m, Chunk c, int64_t n, int64_t head,
-                                             int64_t q_head, const float* start, GateImage<E>* gate_images) {
+                                             int64_t q_head, const float* start, GateImage<E>* gate_images, int* started) {
   const int tid = threadIdx.x % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0);
-  const bool outputs = !leaves && p.o.ptr != nullptr, owner = q_head % (p.HQ / p.H) == 0;
+  const bool outputs = !leaves && p.o.ptr != nullptr, owner = (q_head + 1) % (p.HQ / p.H) == 0;
   const int64_t chunks = c.seq.chunks;
-  constexpr bool pool = !images && !leaves;
   constexpr int own = values ? 3 : 2;  // barrier of this warpgroup
   float H[D / 8][4];  // rows: slots
   {
-    const float* in = static_cast<const float*>(values ? p.hv0 : p.hk0);
-    if (in) in += ((p.h0_broadcast ? 0 : (pool ? state_row(p, n) : n) * p.H) + head) * D * p.M;
-    if (start) in = start + values * D * p.M;
-    load_registers(H, in, values, D, p.M, warp);
+    zero(H);
+    if (start) load_registers(H, start + values * D * p.M, values, D, p.M, warp);
+    else
+      with_states(values ? p.hv0 : p.hk0, leaves ? DType::f32 : p.state_dtype, [&](const auto* in) {
+        load_registers(H, in + ((p.h0_broadcast ? 0 : (leaves ? n : state_row(p, n)) * p.H) + head) * D * p.M, values, D, p.M, warp);
+      });
   }
   E* tile = m.H[values];
   store_transposed<E>(tile, H, warp);
   publish();
   sync(own, 128);
+  if (!leaves && started && !start && tid == 0) arrive_there(started + (n * p.H + head) * 2 + values);
   Turn tokens, window;
   uint32_t p_parity = 0;
   const int row = warp * 16 + frag_row();
@@ -176,8 +187,13 @@ __device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary
     if (images) arrive_warp(m.tokens_free[values] + tokens.i);
     tokens.next();
   }
-  if (float* out = static_cast<float*>(values ? p.hvT : p.hkT))
-    if (owner && (p.cu_seqlens || c.seq.end == p.T)) store_registers(out + ((pool ? state_row(p, n) : n) * p.H + head) * D * p.M, H, values, D, p.M, warp);
+  if (leaves || !owner || !(p.cu_seqlens || c.seq.end == p.T)) return;
+  if (started) {
+    if (tid == 0) wait_there(started + (n * p.H + head) * 2 + values, p.HQ / p.H);
+    sync(own, 128);
+  }
+  with_states(values ? p.hvT : p.hkT, p.state_dtype,
+              [&](auto* out) { store_registers(out + (state_row(p, n) * p.H + head) * D * p.M, H, values, D, p.M, warp); });
 }
 
 // images: nullptr, or those of hopper_gates.cu, and `cut` is written; else what is not cut is left out, if there is a `cut`. leaves: the windows that are whole chunks
@@ -188,7 +204,7 @@ constexpr int kThreads = images ? 384 : 512;
 template <class E, int D, bool images, bool leaves, bool plain>
 __global__ __launch_bounds__(kThreads<images>, 1) void forward_kernel(const __grid_constant__ ForwardParams p, const __grid_constant__ InputMaps maps,
                                                                       E* boundary, GateImage<E>* gate_images, int* cut,
-                                                                      const __grid_constant__ Segments segments, const float* starts) {
+                                                                      const __grid_constant__ Segments segments, const float* starts, int* started) {
 #if GSA_HOPPER
   after_the_last_kernel();
   extern __shared__ __align__(1024) char memory[];
@@ -197,8 +213,11 @@ __global__ __launch_bounds__(kThreads<images>, 1) void forward_kernel(const __gr
   if (!images && cut && !cut[item * p.H + head]) return;
   const int segment = static_cast<uint32_t>(item) % static_cast<uint32_t>(segments.count);
   const int64_t n = static_cast<uint32_t>(item) / static_cast<uint32_t>(segments.count);
-  if constexpr (!images && !leaves)
-    if (state_row(p, n) < 0) return zero_padding(p, n, q_head);
+  if constexpr (!leaves)
+    if (state_row(p, n) < 0) {
+      if (images && threadIdx.x == 0) cut[item * p.H + head] = 0;
+      return zero_padding(p, n, q_head, segment * segments.length() * kChunk, segments.length() * kChunk);
+    }
   const int role = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), tid = threadIdx.x % 128;
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2; ++i) {
@@ -220,7 +239,11 @@ __global__ __launch_bounds__(kThreads<images>, 1) void forward_kernel(const __gr
   if constexpr (images) {
     const GateImage<E>* image = gate_images + c.seq.slot * p.H + head;
     bool several = false;
-    for (int64_t i = threadIdx.x; i < chunks; i += kThreads<images>) several |= image[i * p.H].cut != 0;
+    {  // segments that wait for each other are left out together
+      const Sequence looked_at = started ? sequence<false>(p, n, kChunk) : c.seq;
+      const GateImage<E>* const first = gate_images + looked_at.slot * p.H + head;
+      for (int64_t i = threadIdx.x; i < looked_at.chunks; i += kThreads<images>) several |= first[i * p.H].cut != 0;
+    }
     several = __syncthreads_or(several);
     if (threadIdx.x == 0 && q_head % (p.HQ / p.H) == 0) cut[item * p.H + head] = several;
     if (several) return;
@@ -295,8 +318,8 @@ __global__ __launch_bounds__(kThreads<images>, 1) void forward_kernel(const __gr
     return;
   }
   take_registers<images ? 232 : leaves ? 136 : 168>();
-  if (role == 1) forward_half<E, D, images, plain, leaves, false>(p, boundary, m, c, n, head, q_head, start, gate_images);
-  else forward_half<E, D, images, plain, leaves, true>(p, boundary, m, c, n, head, q_head, start, gate_images);
+  if (role == 1) forward_half<E, D, images, plain, leaves, false>(p, boundary, m, c, n, head, q_head, start, gate_images, started);
+  else forward_half<E, D, images, plain, leaves, true>(p, boundary, m, c, n, head, q_head, start, gate_images, started);
 #endif
 }
 
@@ -345,13 +368,13 @@ Segments hopper_segments(const Params& p) {
   return {static_cast<int>(ceil_div(chunks, each * scans)), static_cast<int>(scans), static_cast<int>(each)};
 }
 
-void hopper_forward(const ForwardParams& p, void* boundary, const void* images, int* cut, const float* starts, bool plain) {
+void hopper_forward(const ForwardParams& p, void* boundary, const void* images, int* cut, const float* starts, int* started, bool plain) {
   const Segments segments = hopper_segments(p);
   select_hopper(p, [&]<class E, int D>() {
     auto run = [&]<bool brought, bool plain>() {
       launch("hopper_forward", forward_kernel<E, D, brought, false, plain>, p.N * segments.count * p.HQ, kThreads<brought>,
              sizeof(ForwardShared<E, D, brought, plain>), p.stream, p, brought ? input_maps(static_cast<const Params&>(p)) : InputMaps{},
-             static_cast<E*>(boundary), static_cast<GateImage<E>*>(const_cast<void*>(images)), cut, segments, starts);
+             static_cast<E*>(boundary), static_cast<GateImage<E>*>(const_cast<void*>(images)), cut, segments, starts, started);
     };
     if (images) plain ? run.template operator()<true, true>() : run.template operator()<true, false>();
     run.template operator()<false, false>();
@@ -362,7 +385,8 @@ void hopper_forward_states(const ForwardParams& p, void* boundary, void* images,
   const Segments segments = hopper_segments(p);
   select_hopper(p, [&]<class E, int D>() {
     launch("hopper_forward", forward_kernel<E, D, false, true, false>, p.N * segments.count * p.HQ, kThreads<false>, sizeof(ForwardShared<E, D, false, false>),
-           p.stream, p, InputMaps{}, static_cast<E*>(boundary), static_cast<GateImage<E>*>(images), static_cast<int*>(nullptr), segments, starts);
+           p.stream, p, InputMaps{}, static_cast<E*>(boundary), static_cast<GateImage<E>*>(images), static_cast<int*>(nullptr), segments, starts,
+           static_cast<int*>(nullptr));
   });
 }
 

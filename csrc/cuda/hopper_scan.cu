@@ -69,7 +69,8 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
       }
   };
   zero(h);
-  if (const float* in = static_cast<const float*>(ends.first[side])) each_element(ends.broadcast, [&](float& x, int64_t i) { x = in[i]; });
+  with_states(ends.first[side], reverse ? DType::f32 : p.state_dtype,
+              [&](const auto* in) { each_element(ends.broadcast, [&](float& x, int64_t i) { x = to_float(in[i]); }); });
 
   const int steps = chunks * r;
   auto index_of = [&](int s) { return reverse ? chunks - 1 - s / r : s; };
@@ -164,7 +165,7 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
     if (!reverse) scale_rows(h, f.out[0], f.out[1]);
     else if (!f.cut) scale_rows(h, f.in[0], f.in[1]);
   }
-  if (float* out = static_cast<float*>(ends.last[side])) each_element(false, [&](float& x, int64_t i) { out[i] = x; });
+  with_states(ends.last[side], reverse ? DType::f32 : p.state_dtype, [&](auto* out) { each_element(false, [&](float& x, int64_t i) { put(out[i], x); }); });
   if (reverse && threadIdx.x == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 #endif
 }

@@ -44,7 +44,7 @@ __global__ __launch_bounds__(kThreads, 2) void starts_kernel(const __grid_consta
   auto& m = *reinterpret_cast<StartsShared<E, D>*>(memory);
   const int head = blockIdx.x % p.H, side = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   const int64_t item = blockIdx.x / p.H, n = item / segments.before();
-  const Sequence own = part(sequence<false>(p, n, kChunk), item % segments.before(), segments.chunks, kChunk);
+  const Sequence own = part(sequence(p, n, kChunk), item % segments.before(), segments.chunks, kChunk);
   const int chunks = static_cast<int>(own.chunks), warp = __shfl_sync(0xffffffffu, threadIdx.x % 128 / 32, 0), row = warp * 16 + frag_row();
   if (threadIdx.x == 0) {
     m.sequence = own;
@@ -122,8 +122,11 @@ __global__ __launch_bounds__(kJoinThreads) void join_kernel(const __grid_constan
   const bool values = i >= p.K * p.M;
   const int own = values ? i - p.K * p.M : i;
   float4 h = make_float4(0.f, 0.f, 0.f, 0.f);
-  if (const float* in = static_cast<const float*>(values ? p.hv0 : p.hk0); in && !reverse)
-    h = *reinterpret_cast<const float4*>(in + ((p.h0_broadcast ? 0 : n * p.H) + head) * p.K * p.M + own);
+  if (const int64_t row = p.h0_broadcast ? 0 : state_row(p, n); !reverse && row >= 0)
+    with_states(values ? p.hv0 : p.hk0, p.state_dtype, [&](const auto* in) {  // at any address
+      in += (row * p.H + head) * p.K * p.M + own;
+      h = make_float4(to_float(in[0]), to_float(in[1]), to_float(in[2]), to_float(in[3]));
+    });
   const int64_t step = (reverse ? -1 : 1) * p.H * each;  // from one part to the next
   float* const part = starts + ((n * segments.before() + (reverse ? segments.before() - 1 : 0)) * p.H + head) * each;
   constexpr int kAtOnce = 4;

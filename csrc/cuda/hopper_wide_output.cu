@@ -204,6 +204,11 @@ __global__ __launch_bounds__(GROUPS * 128, 1) void wide_values_kernel(const __gr
   const int64_t n = blockIdx.x / parts / p.H;
   const int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), tid = threadIdx.x % 128, warp = __shfl_sync(0xffffffffu, tid / 32, 0);
   const int row = warp * 16 + frag_row(), first_d = (blockIdx.x % parts * GROUPS + group) * 64;
+  const int64_t pool_row = state_row(p, n);
+  if (pool_row < 0) {
+    for (int q = blockIdx.x % parts; q < r; q += parts) zero_padding(p, n, head * r + q);
+    return;
+  }
   Chunk c;
   c.seq = sequence<false>(p, n, kChunk);
   const int chunks = static_cast<int>(c.seq.chunks), steps = chunks * r;
@@ -220,11 +225,11 @@ __global__ __launch_bounds__(GROUPS * 128, 1) void wide_values_kernel(const __gr
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int slot = row + (e >> 1) * 8, d = first_d + t * 8 + frag_col() + (e & 1);
-        if (slot < p.M) f(h[t][e], ((broadcast ? 0 : n) * p.H + head) * D * p.M + slot * D + d);
+        if (slot < p.M) f(h[t][e], ((broadcast ? 0 : pool_row) * p.H + head) * D * p.M + slot * D + d);
       }
   };
   zero(h);
-  if (const float* in = static_cast<const float*>(p.hv0)) each_element(p.h0_broadcast, [&](float& x, int64_t i) { x = in[i]; });
+  with_states(p.hv0, p.state_dtype, [&](const auto* in) { each_element(p.h0_broadcast, [&](float& x, int64_t i) { x = to_float(in[i]); }); });
 
   // A step: a chunk and query head. Of the first one S and v are for the state, too.
   auto load = [&](int s) {
@@ -294,7 +299,7 @@ __global__ __launch_bounds__(GROUPS * 128, 1) void wide_values_kernel(const __gr
     }
     scale_rows(h, f.out[0], f.out[1]);
   }
-  if (float* out = static_cast<float*>(p.hvT)) each_element(false, [&](float& x, int64_t i) { out[i] = x; });
+  with_states(p.hvT, p.state_dtype, [&](auto* out) { each_element(false, [&](float& x, int64_t i) { put(out[i], x); }); });
 #endif
 }
 

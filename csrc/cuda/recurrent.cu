@@ -48,7 +48,7 @@ __global__ __launch_bounds__(kThreads) void recurrent_keys(const __grid_constant
   for (int i = 0; i < R; ++i) {
     const int k = i * kLanes + lane;
     const int64_t at = ((p.h0_broadcast ? head * p.K : state) + k) * p.M + m;
-    h[i] = p.hk0 && k < p.K && m < p.M ? static_cast<const float*>(p.hk0)[at] : 0.f;
+    h[i] = p.hk0 && k < p.K && m < p.M ? load_as_float(p.hk0, at, p.state_dtype) : 0.f;
   }
   for (int t = 0; t < c.length; ++t) {
     const float a = gates.gate(t, m), s = gates.write(t, m);
@@ -74,7 +74,7 @@ __global__ __launch_bounds__(kThreads) void recurrent_keys(const __grid_constant
 #pragma unroll
     for (int i = 0; i < R; ++i) {
       const int k = i * kLanes + lane;
-      if (k < p.K && m < p.M) static_cast<float*>(p.hkT)[(state + k) * p.M + m] = h[i];
+      if (k < p.K && m < p.M) store_as(p.hkT, (state + k) * p.M + m, p.state_dtype, h[i]);
     }
 }
 
@@ -96,7 +96,7 @@ __global__ __launch_bounds__(kThreads) void recurrent_values(const __grid_consta
   for (int i = 0; i < R; ++i) {
     const int m = i * kLanes + lane;
     const int64_t at = ((p.h0_broadcast ? head * p.M : state) + m) * p.V + v;
-    h[i] = p.hv0 && m < p.M && v < p.V ? static_cast<const float*>(p.hv0)[at] : 0.f;
+    h[i] = p.hv0 && m < p.M && v < p.V ? load_as_float(p.hv0, at, p.state_dtype) : 0.f;
   }
   for (int t = 0; t < c.length; ++t) {
     const float x = v < p.V ? load_as_float(p.v.ptr, v_rows.at(t) + v, p.v.dtype) : 0.f;
@@ -132,7 +132,7 @@ __global__ __launch_bounds__(kThreads) void recurrent_values(const __grid_consta
 #pragma unroll
     for (int i = 0; i < R; ++i) {
       const int m = i * kLanes + lane;
-      if (m < p.M && v < p.V) static_cast<float*>(p.hvT)[(state + m) * p.V + v] = h[i];
+      if (m < p.M && v < p.V) store_as(p.hvT, (state + m) * p.V + v, p.state_dtype, h[i]);
     }
 }
 

@@ -15,8 +15,4 @@ int64_t states_workspace(const Params& p);
 // Uses the first states_workspace(p) bytes of p.workspace. recompute = false: p.boundary holds the states already, only what depends on the gates alone is made.
 States forward_states(const Params& p, void* hkT, void* hvT, bool recompute);
 
-// The rows of p's pool as states [N, H, K, M] and [N, H, M, V], and back; the latter also writes what padding has for o (pool.cu).
-void states_from_pool(const ForwardParams& p, float* hk, float* hv);
-void states_to_pool(const ForwardParams& p, float* hk, float* hv);
-
 }  // namespace gsa::cuda

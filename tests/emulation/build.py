@@ -49,6 +49,8 @@ INSTRUCTIONS = {
     "atom.shared.add.u32 %0, [%1], %2;": "%0 = (*static_cast<uint32_t*>(emulation::at(%1, 4)) += %2) - %2",
     "{ .reg .pred valid; setp.ne.u32 valid, %2, 0; mov.u32 %0, 0; @valid ld.global.nc.b32 %0, [%1]; }": "%0 = %2 ? *reinterpret_cast<const uint32_t*>(%1) : 0u",
     "red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};": "emulation::add_four(%0, %1, %2, %3, %4)",
+    "red.release.gpu.global.add.u32 [%0], 1;": "++*%0",
+    "ld.acquire.gpu.global.u32 %0, [%1];": "%0 = *%1",
     "prefetch.global.L2 [%0];": "static_cast<void>(0)",
     "cp.async.bulk.prefetch.L2.global [%0], %1;": "static_cast<void>(0)",
     "cp.async.ca.shared.global [%0], [%1], %2;": "emulation::copy_async(%0, %1, %2, %2)",

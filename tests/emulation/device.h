@@ -261,5 +261,6 @@ constexpr std::common_type_t<A, B> max(A a, B b) {
 #define cudaOccupancyMaxActiveBlocksPerMultiprocessor ::emulation::occupancy
 #define cudaFuncSetAttribute(...) cudaSuccess
 #define cudaGetLastError() cudaSuccess
+#define cudaMemsetAsync(to, value, size, stream) (std::memset(to, value, size), static_cast<void>(stream), cudaSuccess)
 #define cudaGetErrorString(error) "an error"
 #define cudaLaunchKernelEx ::emulation::start

@@ -149,6 +149,20 @@ __device__ inline void store_as(void* p, int64_t i, DType t, float x) {
   else static_cast<half*>(p)[i] = from_float<half>(x);
 }
 
+// f(states, typed): those of Params.
+template <class Void, class F>
+__device__ __forceinline__ void with_states(Void* states, DType t, F&& f) {
+  using Narrow = std::conditional_t<std::is_const_v<Void>, const bf16, bf16>;
+  using Wide = std::conditional_t<std::is_const_v<Void>, const float, float>;
+  if (!states) return;
+  if (t == DType::bf16) f(static_cast<Narrow*>(states));
+  else f(static_cast<Wide*>(states));
+}
+template <class T>
+__device__ inline void put(T& to, float x) {
+  to = from_float<T>(x);
+}
+
 // o of tokens first, first + 1, ... (`count` of them, all if -1) of sequence n, if it is padding, for one query head: 0.
 __device__ inline void zero_padding(const ForwardParams& p, int64_t n, int64_t q_head, int64_t first = 0, int64_t count = -1) {
   if (state_row(p, n) >= 0) return;

@@ -499,14 +499,14 @@ __device__ inline void each_of_state(float (&h)[NT][4], bool values, int D, int 
       if (slot + (e >> 1) * 8 < M) f(h[t][e], first + (e & 1) * across + (e >> 1) * 8 * down);
   }
 }
-template <int NT>
-__device__ inline void load_registers(float (&h)[NT][4], const float* state, bool values, int D, int M, int warp) {
+template <int NT, class T>
+__device__ inline void load_registers(float (&h)[NT][4], const T* state, bool values, int D, int M, int warp) {
   zero(h);
-  if (state) each_of_state(h, values, D, M, warp, [&](float& x, int i) { x = state[i]; });
+  if (state) each_of_state(h, values, D, M, warp, [&](float& x, int i) { x = to_float(state[i]); });
 }
-template <int NT>
-__device__ inline void store_registers(float* state, float (&h)[NT][4], bool values, int D, int M, int warp) {
-  each_of_state(h, values, D, M, warp, [&](float x, int i) { state[i] = x; });
+template <int NT, class T>
+__device__ inline void store_registers(T* state, float (&h)[NT][4], bool values, int D, int M, int warp) {
+  each_of_state(h, values, D, M, warp, [&](float x, int i) { state[i] = from_float<T>(x); });
 }
 
 // ------------------------------------------------------------------------------------------------------------ gates

@@ -160,17 +160,20 @@ __global__ __launch_bounds__(128, ScanShared<Cfg>::blocks_per_sm) void state_sca
   const int64_t state_n = state_row(p, n), state = (state_n * p.H + head) * int64_t(D) * p.M;
   if (state_n < 0) return;
   auto at = [&](int d, int m) { return values ? int64_t(m) * D + d : int64_t(d) * p.M + m; };
-  if (const float* in = static_cast<const float*>(values ? a.hv_in : a.hk_in)) {
-    if (a.in_broadcast) in += head * int64_t(D) * p.M;
-    else in += state;
+  auto each_element = [&](auto&& f) {
 #pragma unroll
     for (int t = 0; t < MT; ++t)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int d = row + (i >> 1) * 8, m = t * 8 + frag_col() + (i & 1);
-        if (d < D && m < p.M) acc[t][i] = in[at(d, m)];
+        if (d < D && m < p.M) f(acc[t][i], at(d, m));
       }
-  }
+  };
+  const DType type = gradient ? DType::f32 : p.state_dtype;
+  with_states(values ? a.hv_in : a.hk_in, type, [&](const auto* in) {
+    in += a.in_broadcast ? head * int64_t(D) * p.M : state;
+    each_element([&](float& x, int64_t i) { x = to_float(in[i]); });
+  });
   auto keep = [&](int64_t slot) {
     using Out = std::conditional_t<gradient, float, E>;
     auto value = [](float x) { return gradient && !Cfg::exact ? to_tf32(x) : x; };
@@ -229,16 +232,7 @@ __global__ __launch_bounds__(128, ScanShared<Cfg>::blocks_per_sm) void state_sca
     A::template from_tile_t<rows>(op, s.x + warp * 16, ldx);
     A::template mma_nn<MT, rows>(acc, op, s.y, ldy);
   }
-  if (float* out = static_cast<float*>(values ? a.hv_out : a.hk_out)) {
-    out += state;
-#pragma unroll
-    for (int t = 0; t < MT; ++t)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int d = row + (i >> 1) * 8, m = t * 8 + frag_col() + (i & 1);
-        if (d < D && m < p.M) out[at(d, m)] = acc[t][i];
-      }
-  }
+  with_states(values ? a.hv_out : a.hk_out, type, [&](auto* out) { each_element([&](float x, int64_t i) { put(out[state + i], x); }); });
 }
 
 }  // namespace gsa::cuda
