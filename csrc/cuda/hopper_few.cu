@@ -56,13 +56,15 @@ __global__ __launch_bounds__(kThreads, 4) void products_kernel(const __grid_cons
   }
   __syncthreads();
   const GateImage<E>& image = w.gates[id / 2];
+  const bool two = !reverse || side || exact_dH(p);  // parts of Y
   auto load = [&](int h) {
     if (h < r) {
       auto& tiles = stages[h % kStages];
       const int64_t x_head = head * r + h;
       if (threadIdx.x == 0) {
-        arrive_expecting(full + h % kStages, sizeof(tiles.Y));
-        bulk_load(tiles.Y, reverse ? w.saved[(c.slot * p.HQ + x_head) * banks + bank].Y[side][0] : image.S[0], sizeof(tiles.Y), full + h % kStages);
+        const uint32_t bytes = (1 + two) * kTile * 2;
+        arrive_expecting(full + h % kStages, bytes);
+        bulk_load(tiles.Y, reverse ? w.saved[(c.slot * p.HQ + x_head) * banks + bank].Y[side][0] : image.S[0], bytes, full + h % kStages);
       }
       load_tokens<D, kThreads>(tiles.X, rows_of(reverse ? side ? p.d_o : p.q : side ? p.v : p.k, c, x_head), c.length, threadIdx.x);
     }
@@ -81,11 +83,11 @@ __global__ __launch_bounds__(kThreads, 4) void products_kernel(const __grid_cons
     wait(full + h % kStages, h / kStages & 1);
     publish();
     __syncthreads();
-    if (cut) from_the_beginning(tiles.Y, w.factors[id / 2].R, c.length);
+    if (cut) from_the_beginning(tiles.Y, two, w.factors[id / 2].R, c.length);
     hand_over(P);
     products_begin();
     product<E, 4, 1, 1>(P, mnmajor(tiles.Y[0]), mnmajor(tiles.X), h > 0);
-    product<E, 4, 1, 1>(P, mnmajor(tiles.Y[1]), mnmajor(tiles.X), true);
+    if (two) product<E, 4, 1, 1>(P, mnmajor(tiles.Y[1]), mnmajor(tiles.X), true);
     products_commit();
     products_wait<0>();
     hand_over(P);

@@ -14,7 +14,7 @@
 //
 // Two warpgroups for a bank. The first has inner and the diagonal, the second outer, and dk and dv: all dimensions, with two banks half of them. In the end they
 // give each other half of the slots, for ds and dg. With one bank two blocks on a multiprocessor. What has to be more exact than 16 bits is an operand in two parts: X
-// in inner, S, Y, W and E of the values.
+// in inner, S, W, Y and E of the values.
 //
 // A chunk of several windows, in a branch of its own: S is relative to the chunk's end, E the cotangent after it, Y relative to nothing. W and inner are made token by
 // token (core/exact.cuh), outer is multiplied by exp(G_end - G), R is 1. First dk, dv and outer, then inner and the diagonal: fewer registers at a time, more loads.
@@ -179,11 +179,11 @@ __device__ __forceinline__ void exact_keys(const BackwardParams& p, const Backwa
     cp_async_commit();
   };
   auto load_y = [&](float (&y)[16], int side, int h) {
-    const auto& saved = w.saved[(c.slot * p.HQ + head * r + h) * BANKS + rows_bank].Y[side];
+    const E* const saved = w.saved[(c.slot * p.HQ + head * r + h) * BANKS + rows_bank].Y[side][0];
 #pragma unroll
     for (int u = 0; u < 4; ++u) {
-      const E* const from = at(const_cast<E*>(saved[0]), i, RowSlots::column(u));
-      const uint2 hi = *reinterpret_cast<const uint2*>(from), lo = *reinterpret_cast<const uint2*>(from + kTile);
+      const E* const from = at(const_cast<E*>(saved), i, RowSlots::column(u));
+      const uint2 hi = *reinterpret_cast<const uint2*>(from), lo = side ? *reinterpret_cast<const uint2*>(from + kTile) : uint2{};
       const float2 x0 = unpack<E>(hi.x), x1 = unpack<E>(hi.y), y0 = unpack<E>(lo.x), y1 = unpack<E>(lo.y);
       y[4 * u] = x0.x + y0.x, y[4 * u + 1] = x0.y + y0.y, y[4 * u + 2] = x1.x + y1.x, y[4 * u + 3] = x1.y + y1.y;
     }
@@ -250,7 +250,7 @@ __device__ __forceinline__ void exact_keys(const BackwardParams& p, const Backwa
       hand_over(dx);
       products_begin();
       product<E, 1>(dx, W.hi, mnmajor(columns<E>(m.A, own * width)));
-      if (side) product<E, 1>(dx, W.lo, mnmajor(columns<E>(m.A, own * width)));
+      product<E, 1>(dx, W.lo, mnmajor(columns<E>(m.A, own * width)));
       products_commit();
       products_wait<0>();
       hand_over(dx);
@@ -351,10 +351,11 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __gr
     const int side = step >= r, q_head = head * r + step - side * r;
     auto& to = m.stage[stage_of(step)];
     uint64_t* const full = m.full + stage_of(step);
-    arrive_expecting(full, sizeof(to.A) + sizeof(to.Y));
+    const uint32_t bytes = (1 + side) * kTile * 2;
+    arrive_expecting(full, sizeof(to.A) + BANKS * bytes);
     bring_tokens<D>(to.A, side ? maps.d_o : maps.q, p, c, q_head, full);
     const Saved<E>* const saved = w.saved + (c.slot * p.HQ + q_head) * BANKS;
-    for (int b = 0; b < BANKS; ++b) bulk_load(to.Y[b], saved[b].Y[side], sizeof(to.Y[b]), full);
+    for (int b = 0; b < BANKS; ++b) bulk_load(to.Y[b], saved[b].Y[side], bytes, full);
   };
   auto send_B = [&](int side) { bring_tokens<D>(m.B[side % BANKS], side ? maps.v : maps.k, p, c, head, &m.B_full); };
   auto send_E = [&](int side) {
@@ -422,14 +423,15 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __gr
       products_begin();
       product<E, 1>(inner_all, X.hi, mnmajor(stage.Y[bank][0]));
       product<E, 1>(inner_all, X.lo, mnmajor(stage.Y[bank][0]));
-      product<E, 1>(inner_all, X.hi, mnmajor(stage.Y[bank][1]));
+      if (step >= r) product<E, 1>(inner_all, X.hi, mnmajor(stage.Y[bank][1]));
       products_commit();
       const uint32_t Y_row = place(stage.Y[bank][0], row, frag_col());
 #pragma unroll
       for (int t = 0; t < 8; ++t)
 #pragma unroll
         for (int g = 0; g < 2; ++g) {
-          const float2 Y = both_at<E>((Y_row + g * 1024) ^ (t * 16));
+          const uint32_t here = (Y_row + g * 1024) ^ (t * 16);
+          const float2 hi = pair_at<E>(here), lo = step >= r ? pair_at<E, kTile * 2>(here) : float2{}, Y = make_float2(hi.x + lo.x, hi.y + lo.y);
           diagonal_all[t][2 * g] += d[g] * Y.x, diagonal_all[t][2 * g + 1] += d[g] * Y.y;
         }
       products_wait<0>();
@@ -492,7 +494,7 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __gr
       for (int b = 0; b < BANKS; ++b) {
         product<E, 4, 0, 0>(x, kmajor(m.S[b][0]), kmajor(stage.Y[b][0]), b > 0);
         product<E, 4, 0, 0>(x, kmajor(m.S[b][1]), kmajor(stage.Y[b][0]), true);
-        product<E, 4, 0, 0>(x, kmajor(m.S[b][0]), kmajor(stage.Y[b][1]), true);
+        if (side) product<E, 4, 0, 0>(x, kmajor(m.S[b][0]), kmajor(stage.Y[b][1]), true);
       }
       products_commit();
       products_wait<0>();
@@ -503,7 +505,7 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __gr
       products_begin();
       const E* A_own = columns<E>(stage.A, bank * width);
       product<E, 1>(dx, W.hi, mnmajor(A_own));
-      if (side) product<E, 1>(dx, W.lo, mnmajor(A_own));
+      product<E, 1>(dx, W.lo, mnmajor(A_own));
       products_commit();
       products_wait<0>();
       hand_over(dx);

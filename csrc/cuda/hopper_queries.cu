@@ -6,7 +6,7 @@
 //     dq = tril(Yk S^T) k + (Yk exp(ref)) Hk^T
 //
 // S, R, ref are those of hopper_gates.cu. Yk, Yv and e go to hopper_scan.cu and hopper_keys.cu. What has to be more exact than 16 bits is an operand in two
-// parts: X, S, Y. e is summed over the heads of a block, in memory.
+// parts: X, S, Y; Yk goes on rounded, and is in e as it goes on. e is summed over the heads of a block, in memory.
 //
 // One bank: queries_kernel. Two warpgroups: first one has o1, the other dp, of all slots; then they give each other half, and each has o1, dp, p, Y of 32 slots
 // and its share of the dimensions of dq. Two blocks on a multiprocessor: while one waits the other works. The next query head's tokens come as soon as there is
@@ -165,20 +165,17 @@ __device__ __forceinline__ void exact_queries(const BackwardParams& p, char* mem
 #pragma unroll
         for (int e = 0; e < 4; ++e) valid[t][e] = row + (e >> 1) * 8 < c.length ? 1.f : 0.f;
       // Everybody has read O and the diagonals when they meet.
-      cotangents(o, dp, y, s, valid, d, b, m.sums(), share, share * 32, p.M, scale, row, [] { __syncthreads(); });
+      cotangents<E>(o, dp, y, s, valid, d, b, m.sums(), share, share * 32, p.M, scale, row, [] { __syncthreads(); });
       store_R(m.O[bank], dp, row, col);
       save_e(w.saved[(c.slot * p.HQ + first_head) * BANKS + bank].e, o, q_head == first_head, half, tid);
-      auto save_Y = [&](E(&Y)[2][kTile], const float (&x)[4][4]) {
 #pragma unroll
-        for (int t = 0; t < 4; ++t)
+      for (int t = 0; t < 4; ++t)
 #pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            E* const hi = at(Y[0], row + 8 * h, col + t * 8);
-            Arith<E>::split_pair(x[t][2 * h], x[t][2 * h + 1], *reinterpret_cast<uint32_t*>(hi), *reinterpret_cast<uint32_t*>(hi + kTile));
-          }
-      };
-      save_Y(save.Y[0], dp);
-      save_Y(save.Y[1], y);
+        for (int h = 0; h < 2; ++h) {
+          E *const Yk = at(save.Y[0][0], row + 8 * h, col + t * 8), *const Yv = at(save.Y[1][0], row + 8 * h, col + t * 8);
+          Arith<E>::split_pair(dp[t][2 * h], dp[t][2 * h + 1], *reinterpret_cast<uint32_t*>(Yk), *reinterpret_cast<uint32_t*>(Yk + kTile));
+          Arith<E>::split_pair(y[t][2 * h], y[t][2 * h + 1], *reinterpret_cast<uint32_t*>(Yv), *reinterpret_cast<uint32_t*>(Yv + kTile));
+        }
     }
     __syncthreads();  // dp and the sums are done with
     load_tokens<D, 256 * BANKS>(m.k, rows_of(p.k, c, head), c.length, thread);
@@ -290,9 +287,8 @@ __global__ __launch_bounds__(256, 2) void queries_kernel(const __grid_constant__
     float y[4][4];  // e in the place of o, Yk in that of dp, Yv in y
     {
       float s[4][4];
-      strengths(s, m.S[0], R, half, row);
-      times(o, R), times(dp, R);
-      cotangents(o, dp, y, s, R, d, b, sums.of, half, half * 32, p.M, scale, row, [] { __syncthreads(); });
+      strengths(s, m.S[0], half, row);
+      cotangents<E>(o, dp, y, s, R, d, b, sums.of, half, half * 32, p.M, scale, row, [] { __syncthreads(); });
     }
     __syncthreads();  // what lies in Y is done with
     store_half(m.Y[0], dp, half, warp);
@@ -304,7 +300,7 @@ __global__ __launch_bounds__(256, 2) void queries_kernel(const __grid_constant__
 #pragma unroll
       for (int x = 0; x < 4; ++x) {
         const int side = x / 2, part = x % 2;
-        bulk_store<kTile * 2>(save.Y[side][part], m.Y[side] + part * kTile);
+        if (x != 1 || exact_dH(p)) bulk_store<kTile * 2>(save.Y[side][part], m.Y[side] + part * kTile);
       }
       bulk_commit();
     }
@@ -433,7 +429,7 @@ __device__ __forceinline__ void banks_second(const BackwardParams& p, const Back
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const float Yv = y[t][e] * top[e >> 1] * R[t][e], Yk = Yv * fmaf(scale, dp[t][e], -dot[e >> 1]);
-          sum[e] = fmaf(o_here[e], Yk, dp_here[e] * Yv);
+          sum[e] = fmaf(o_here[e], to_float(from_float<E>(Yk)), dp_here[e] * Yv);
           y[t][e] = Yv, dp[t][e] = Yk;
         }
         save_four(e_tile + t * 128, sum, h == 0);
@@ -450,7 +446,7 @@ __device__ __forceinline__ void banks_second(const BackwardParams& p, const Back
     {
       const auto Yk = split<E>(dp);
       store_operand<E>(m.Y[0][bank][0], Yk.hi, warp);
-      store_operand<E>(m.Y[0][bank][1], Yk.lo, warp);
+      if (exact_dH(p)) store_operand<E>(m.Y[0][bank][1], Yk.lo, warp);
       scale_columns(dp, m.in + bank * kSlots);
       Yref = operand<E>(dp);
       publish();
@@ -458,7 +454,8 @@ __device__ __forceinline__ void banks_second(const BackwardParams& p, const Back
       if (lane_id() == 0) {
         Saved<E>& save = w.saved[(m.chunk.slot * p.HQ + first_head + h) * 2 + bank];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) bulk_store<1024 * 2>(save.Y[i / 2][i % 2] + warp * 1024, m.Y[i / 2][bank][i % 2] + warp * 1024);
+        for (int i = 0; i < 4; ++i)
+          if (i != 1 || exact_dH(p)) bulk_store<1024 * 2>(save.Y[i / 2][i % 2] + warp * 1024, m.Y[i / 2][bank][i % 2] + warp * 1024);
         bulk_commit();
       }
       zero(x);

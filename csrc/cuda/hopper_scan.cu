@@ -50,6 +50,7 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
   const Sequence tokens = sequence<false>(p, n, kChunk);
   const int chunks = static_cast<int>(tokens.chunks), first_slot = static_cast<int>(tokens.slot);
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), row = warp * 16 + frag_row();
+  const bool two = !reverse || D > 128 || side || exact_dH(p);  // parts of Y
   if (threadIdx.x == 0) {
     m.sequence = tokens;
     for (int i = 0; i < STAGES; ++i) init(m.full + i, 1), init(m.free + i, kThreads);
@@ -83,11 +84,11 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
     if (s >= STAGES) wait(m.free + stage, (s / STAGES - 1) & 1);
     const Chunk c = chunk_of(p, m.sequence, index_of(s), kChunk);
     uint64_t* const full = m.full + stage;
-    arrive_expecting(full, (state ? 4 : 3) * kTile * 2);
+    arrive_expecting(full, (2 + state + two) * kTile * 2);
     bring_tokens<64, true>(m.X[stage], x_map, p, c, x_head, full, slice * 64);
     bulk_load(m.Y[stage],
               reverse ? reinterpret_cast<const Left*>(w.saved)[(c.slot * p.HQ + x_head) * banks + bank].Y[side][0] : w.gates[c.slot * heads + id].S[0],
-              2 * kTile * 2, full);
+              (1 + two) * kTile * 2, full);
     if (state) bring_state<64>(m.H[s / r % STAGES], states, rows_of_state(c.slot), full, bank);
   };
   for (int s = 0; s < STAGES; ++s) load(s);
@@ -104,67 +105,71 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
   };
   Factors next{};
   if (steps > 0) next = factors_of(0);
+  auto go = [&]<int parts>() {
 #pragma unroll 1
-  for (int step = 0; step < steps;) {
-    const int64_t slot = first_slot + index_of(step), at = slot * heads + id;
-    const Factors f = next;
-    const int first = step;
-    if (step + r < steps) next = factors_of(step + r);
-    E* const out = m.out[reverse ? 0 : step % 2];
-    if (reverse) {
-      scale_rows(h, f.out[0], f.out[1]);
-      if (threadIdx.x == 0) bulk_wait();
-      __syncthreads();
-      const auto X = split<E>(h);
-      store_operand<E>(out, X.hi, warp);
-      if (side) store_operand<E>(out + kTile, X.lo, warp);
-    } else {
-      store_transposed<E>(out, h, warp);
-      scale_rows(h, f.in[0], f.in[1]);
-    }
-    publish();
-    __syncthreads();  // `out` is whole
-    if (!reverse) {
-      store_state<64>(boundary + rows_of_state(slot) * p.M, out, p.M, threadIdx.x, bank);
-    } else if (threadIdx.x == 0) {
-      bulk_store<kTile * 2>(w.E0 + (at * 3 + side) * 64 * D + slice * kTile, out);
-      if (side) bulk_store<kTile * 2>(w.E0 + (at * 3 + 2) * 64 * D + slice * kTile, out + kTile);
-      bulk_commit();
-    }
-    if (reverse) {  // <H, dH>
-      wait(m.full + stage, parity);
-      float sum[2];
-      state_products(sum, m.H[step / r % STAGES], h, warp);
-      sum[0] *= f.in[0], sum[1] *= f.in[1];
-      float* edge = w.edge + (at * 2 + side) * D + slice * 64;  // D / 64 parts of 64 slots
-      if ((lane_id() & 3) == 0) edge[row] = sum[0], edge[row + 8] = sum[1];
-      if (f.cut) scale_rows(h, f.in[0], f.in[1]);
-    }
-    int before = 0;  // the stage of the step before this one
-    hand_over(h);
-#pragma unroll 1
-    do {
-      wait(m.full + stage, parity);
-      if (reverse && D <= 128 && f.cut) from_the_beginning(m.Y[stage], w.factors[at].R, m.sequence.length() - index_of(first) * int64_t(kChunk));
-      products_begin();
-      product<E, 4, 1, 1>(h, mnmajor(m.Y[stage][0]), mnmajor(m.X[stage]), true);
-      product<E, 4, 1, 1>(h, mnmajor(m.Y[stage][1]), mnmajor(m.X[stage]), true);
-      products_commit();
-      if (step > first) {
-        products_wait<1>();
-        arrive(m.free + before);
-        load(step + STAGES - 1);
+    for (int step = 0; step < steps;) {
+      const int64_t slot = first_slot + index_of(step), at = slot * heads + id;
+      const Factors f = next;
+      const int first = step;
+      if (step + r < steps) next = factors_of(step + r);
+      E* const out = m.out[reverse ? 0 : step % 2];
+      if (reverse) {
+        scale_rows(h, f.out[0], f.out[1]);
+        if (threadIdx.x == 0) bulk_wait();
+        __syncthreads();
+        const auto X = split<E>(h);
+        store_operand<E>(out, X.hi, warp);
+        if (side) store_operand<E>(out + kTile, X.lo, warp);
+      } else {
+        store_transposed<E>(out, h, warp);
+        scale_rows(h, f.in[0], f.in[1]);
       }
-      before = stage;
-      if (++stage == STAGES) stage = 0, parity ^= 1;
-    } while (++step < first + r);
-    products_wait<0>();
-    hand_over(h);
-    arrive(m.free + before);
-    load(step + STAGES - 1);
-    if (!reverse) scale_rows(h, f.out[0], f.out[1]);
-    else if (!f.cut) scale_rows(h, f.in[0], f.in[1]);
-  }
+      publish();
+      __syncthreads();  // `out` is whole
+      if (!reverse) {
+        store_state<64>(boundary + rows_of_state(slot) * p.M, out, p.M, threadIdx.x, bank);
+      } else if (threadIdx.x == 0) {
+        bulk_store<kTile * 2>(w.E0 + (at * 3 + side) * 64 * D + slice * kTile, out);
+        if (side) bulk_store<kTile * 2>(w.E0 + (at * 3 + 2) * 64 * D + slice * kTile, out + kTile);
+        bulk_commit();
+      }
+      if (reverse) {  // <H, dH>
+        wait(m.full + stage, parity);
+        float sum[2];
+        state_products(sum, m.H[step / r % STAGES], h, warp);
+        sum[0] *= f.in[0], sum[1] *= f.in[1];
+        float* edge = w.edge + (at * 2 + side) * D + slice * 64;  // D / 64 parts of 64 slots
+        if ((lane_id() & 3) == 0) edge[row] = sum[0], edge[row + 8] = sum[1];
+        if (f.cut) scale_rows(h, f.in[0], f.in[1]);
+      }
+      int before = 0;  // the stage of the step before this one
+      hand_over(h);
+#pragma unroll 1
+      do {
+        wait(m.full + stage, parity);
+        if (reverse && D <= 128 && f.cut) from_the_beginning(m.Y[stage], parts == 2, w.factors[at].R, m.sequence.length() - index_of(first) * int64_t(kChunk));
+        products_begin();
+        product<E, 4, 1, 1>(h, mnmajor(m.Y[stage][0]), mnmajor(m.X[stage]), true);
+        if constexpr (parts == 2) product<E, 4, 1, 1>(h, mnmajor(m.Y[stage][1]), mnmajor(m.X[stage]), true);
+        products_commit();
+        if (step > first) {
+          products_wait<1>();
+          arrive(m.free + before);
+          load(step + STAGES - 1);
+        }
+        before = stage;
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+      } while (++step < first + r);
+      products_wait<0>();
+      hand_over(h);
+      arrive(m.free + before);
+      load(step + STAGES - 1);
+      if (!reverse) scale_rows(h, f.out[0], f.out[1]);
+      else if (!f.cut) scale_rows(h, f.in[0], f.in[1]);
+    }
+  };
+  if (two) go.template operator()<2>();
+  else go.template operator()<1>();
   with_states(ends.last[side], reverse ? DType::f32 : p.state_dtype, [&](auto* out) { each_element(false, [&](float& x, int64_t i) { put(out[i], x); }); });
   if (reverse && threadIdx.x == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 #endif

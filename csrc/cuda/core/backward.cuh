@@ -35,7 +35,19 @@ __device__ inline void take_half(float (&o)[4][4], float (&dp)[4][4], const floa
   }
 }
 
-// Write strengths of half of the slots, s = S R.
+// S of half of the slots.
+template <class E>
+__device__ inline void strengths(float (&s)[4][4], const E* S, int half, int row) {
+  const uint32_t S_row = place(S, row, frag_col()) ^ (half * 64);
+#pragma unroll
+  for (int t = 0; t < 4; ++t)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float2 x = both_at<E>((S_row + h * 1024) ^ (t * 16));
+      s[t][2 * h] = x.x, s[t][2 * h + 1] = x.y;
+    }
+}
+// Write strengths, s = S R.
 template <class E>
 __device__ inline void strengths(float (&s)[4][4], const E* S, const float (&R)[4][4], int half, int row) {
   const uint32_t S_row = place(S, row, frag_col()) ^ (half * 64);
@@ -50,11 +62,14 @@ __device__ inline void strengths(float (&s)[4][4], const E* S, const float (&R)[
 
 // p = softmax(scale o1) over all shares, o1 = o + d s, dp + b s the cotangent of p; then e in the place of o, Yk R in that of dp, and Yv R in y:
 //     Yk = scale p (dp - <p, dp>)        Yv = p        e = o1 Yk + p dp without their diagonals
-// first: of the share's slots; M: how many there are. meet: all shares' threads.
-template <int SHARES, class Meet>
+// first: of the share's slots; M: how many there are. meet: all shares' threads. Rounded: a type that Yk R will be rounded to, and is in e: what of e and of inner
+// (hopper_keys.cu) cancels in dg then does so to the last bit. Then o, dp and s are without R, too.
+template <class Rounded = float, int SHARES, class Meet>
 __device__ __forceinline__ void cotangents(float (&o)[4][4], float (&dp)[4][4], float (&y)[4][4], const float (&s)[4][4], const float (&R)[4][4],
                                            const float (&d)[2], const float (&b)[2], RowSums<SHARES>& sums, int share, int first, int M, float scale, int row,
                                            Meet&& meet) {
+  constexpr bool rounds = !std::is_same_v<Rounded, float>;
+  auto with_R = [&](float x, int t, int e) { return rounds ? x * R[t][e] : x; };
   float top[2], sum[2], dot[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -63,7 +78,7 @@ __device__ __forceinline__ void cotangents(float (&o)[4][4], float (&dp)[4][4], 
     for (int t = 0; t < 4; ++t) {
 #pragma unroll
       for (int e = 2 * h; e < 2 * h + 2; ++e) {
-        y[t][e] = first + t * 8 < M ? fmaf(d[h], s[t][e], o[t][e]) * (scale * 1.4426950408889634f) : -INFINITY;
+        y[t][e] = first + t * 8 < M ? with_R(fmaf(d[h], s[t][e], o[t][e]), t, e) * (scale * 1.4426950408889634f) : -INFINITY;
         top[h] = fmaxf(top[h], y[t][e]);
       }
     }
@@ -71,7 +86,8 @@ __device__ __forceinline__ void cotangents(float (&o)[4][4], float (&dp)[4][4], 
 #pragma unroll
     for (int t = 0; t < 4; ++t)
 #pragma unroll
-      for (int e = 2 * h; e < 2 * h + 2; ++e) y[t][e] = fast_exp2(y[t][e] - top[h]), sum[h] += y[t][e], dot[h] += y[t][e] * fmaf(b[h], s[t][e], dp[t][e]);
+      for (int e = 2 * h; e < 2 * h + 2; ++e)
+        y[t][e] = fast_exp2(y[t][e] - top[h]), sum[h] += y[t][e], dot[h] += y[t][e] * with_R(fmaf(b[h], s[t][e], dp[t][e]), t, e);
     sum[h] = quad_sum(sum[h]), dot[h] = quad_sum(dot[h]);
     if ((lane_id() & 3) == 0) sums.top[share][row + 8 * h] = top[h], sums.sum[share][row + 8 * h] = sum[h], sums.dot[share][row + 8 * h] = dot[h];
   }
@@ -100,10 +116,16 @@ __device__ __forceinline__ void cotangents(float (&o)[4][4], float (&dp)[4][4], 
   for (int t = 0; t < 4; ++t)
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const float prob = y[t][e], cotangent = scale * prob * (fmaf(b[e >> 1], s[t][e], dp[t][e]) - dot[e >> 1]);
-      o[t][e] = fmaf(o[t][e], cotangent, prob * dp[t][e]);
-      dp[t][e] = cotangent * R[t][e];
-      y[t][e] = prob * R[t][e];
+      const float prob = y[t][e], cotangent = scale * prob * (with_R(fmaf(b[e >> 1], s[t][e], dp[t][e]), t, e) - dot[e >> 1]);
+      if constexpr (rounds) {
+        const float Yk = cotangent * R[t][e], Yv = prob * R[t][e];
+        o[t][e] = fmaf(o[t][e], to_float(from_float<Rounded>(Yk)), Yv * dp[t][e]);
+        dp[t][e] = Yk, y[t][e] = Yv;
+      } else {
+        o[t][e] = fmaf(o[t][e], cotangent, prob * dp[t][e]);
+        dp[t][e] = cotangent * R[t][e];
+        y[t][e] = prob * R[t][e];
+      }
     }
 }
 

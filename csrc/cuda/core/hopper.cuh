@@ -1003,18 +1003,20 @@ __device__ inline void softmax(float (&x)[8][4], float c, int M) {
 // What hopper_queries.cu leaves for every chunk, query head and bank. Of a chunk of several windows Y is relative to nothing: without R.
 template <class E>
 struct Saved {
-  E Y[2][2][kTile];                                        // [keys, values][rounded, what rounding dropped]: a cotangent's tile as products read it
-  float e
-      [kTile];  // o1 do1 + p dp without the diagonal, as accumulators lie: [column / 8][thread of a warpgroup][4]. The first of hopper_query_heads has their sum
+  E Y[2][2][kTile];  // [keys, values][rounded, what rounding dropped]: tiles as products read them. The second of the keys for the scan alone (exact_dH)
+  float e[kTile];  // o1 Yk + dp Yv (Yk as it is here) without the diagonal, as accumulators lie: [column / 8][thread of a warpgroup][4]. The first of
+                   // hopper_query_heads has their sum
 };
 // The same for heads of more than 128 dimensions, where hopper_wide_queries.cu has done more of it. Of a chunk of several windows Y is relative to the chunk's beginning.
 template <class E>
 struct WideSaved {
-  E Y[2][2][kTile];
+  E Y[2][2][kTile];  // [keys, values][rounded, what rounding dropped]
   E A[4][kTile];  // tril(Yv S^T) in two parts; tril(Yk S^T); Yk exp(ref)
   float T[kTile];  // e - S inner, as accumulators lie
   float U[kTile];  // (inner + diagonal of (B A^T) Y) / R: ds without what comes from after the chunk
 };
+// Whether the cotangents of the keys' states want both parts of Yk: where they are a gradient themselves. Those of k, s and g do not tell the difference.
+__device__ inline bool exact_dH(const BackwardParams& p) { return p.dhk0 != nullptr; }
 // The workspace of backward (hopper.h), typed. Counted in boundary slots.
 template <class E>
 struct Backward {
@@ -1039,12 +1041,17 @@ struct Backward {
 
 // A tile Y of a chunk of several windows becomes relative to the chunk's beginning. By a block of 128 threads; `factors`: of Backward.
 template <class E>
-[[maybe_unused]] __device__ __noinline__ void from_the_beginning(E (&Y)[2][kTile], const float* factors, int64_t tokens) {
+[[maybe_unused]] __device__ __noinline__ void from_the_beginning(E (&Y)[2][kTile], bool two, const float* factors, int64_t tokens) {
   const int i = threadIdx.x / 2;
   if (i < tokens)  // zero behind
     for (int slot = threadIdx.x % 2 * 32, last = slot + 32; slot < last; slot += 2) {
       uint32_t &hi = *reinterpret_cast<uint32_t*>(at(Y[0], i, slot)), &lo = *reinterpret_cast<uint32_t*>(at(Y[1], i, slot));
-      const float2 a = unpack<E>(hi), b = unpack<E>(lo), f = *reinterpret_cast<const float2*>(factors + i * kSlots + slot);
+      const float2 a = unpack<E>(hi), f = *reinterpret_cast<const float2*>(factors + i * kSlots + slot);
+      if (!two) {
+        hi = pack<E>(a.x * f.x, a.y * f.y);
+        continue;
+      }
+      const float2 b = unpack<E>(lo);
       Arith<E>::split_pair((a.x + b.x) * f.x, (a.y + b.y) * f.y, hi, lo);
     }
   publish();
