@@ -9,7 +9,7 @@
 //
 // S and the two factors come from hopper_gates.cu, Y from hopper_queries.cu: of a chunk of several windows relative to nothing, so that here it is made relative to
 // the chunk's beginning (that of hopper_wide_queries.cu is). Tiles come three steps (a chunk and query head) ahead, or six, where there is one block on a multiprocessor, brought by
-// one thread; the products of a group's heads follow each other without a pause. Few sequences and
+// a warp of its own; the products of a group's heads follow each other without a pause, and what goes to memory is made of a copy while they run. Few sequences and
 // heads leave most of the GPU idle: hopper_few.cu, and where the forward pass walks in segments hopper_starts.cu.
 #include "core/hopper.cuh"
 #include "core/select.cuh"
@@ -20,7 +20,7 @@ namespace {
 
 using namespace hopper;
 
-constexpr int kThreads = 128;
+constexpr int kThreads = 128, kBringer = kThreads;  // the warpgroup; the first thread of the warp that brings
 
 template <class E, int STAGES>
 struct ScanShared {
@@ -31,10 +31,10 @@ struct ScanShared {
 static_assert(sizeof(ScanShared<bf16, 3>) <= 113 * 1024 && sizeof(ScanShared<bf16, 6>) <= 227 * 1024);
 
 template <class E, int D, bool reverse, int STAGES>
-__global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ ScanEnds ends,
-                                                                             E* boundary, const __grid_constant__ Backward<E> w, int sides,
-                                                                             const __grid_constant__ InputMaps maps,
-                                                                             const __grid_constant__ CUtensorMap states) {
+__global__ __launch_bounds__(kThreads + 32,
+                             STAGES == 3 ? 2 : 1) void scan_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ ScanEnds ends, E* boundary,
+                                                                   const __grid_constant__ Backward<E> w, int sides, const __grid_constant__ InputMaps maps,
+                                                                   const __grid_constant__ CUtensorMap states) {
 #if GSA_HOPPER
   after_the_last_kernel();
   extern __shared__ __align__(1024) char memory[];
@@ -58,6 +58,27 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
   }
   __syncthreads();
 
+  const int steps = chunks * r;
+  auto index_of = [&](int s) { return reverse ? chunks - 1 - s / r : s; };
+  auto rows_of_state = [&](int64_t slot) { return ((slot * p.H + head) * 2 + side) * D + slice * 64; };
+  const TokenMap& x_map = reverse ? side ? maps.d_o : maps.q : side ? maps.v : maps.k;
+  if (threadIdx.x >= kThreads) {
+    if (threadIdx.x != kBringer) return;
+    for (int s = 0; s < steps; ++s) {
+      const int stage = s % STAGES, x_head = reverse ? head * r + s % r : head;
+      const bool state = reverse && s % r == 0;
+      if (s >= STAGES) wait(m.free + stage, (s / STAGES - 1) & 1);
+      const Chunk c = chunk_of(p, m.sequence, index_of(s), kChunk);
+      uint64_t* const full = m.full + stage;
+      arrive_expecting(full, (2 + state + two) * kTile * 2);
+      bring_tokens<64, true>(m.X[stage], x_map, p, c, x_head, full, slice * 64);
+      bulk_load(m.Y[stage],
+                reverse ? reinterpret_cast<const Left*>(w.saved)[(c.slot * p.HQ + x_head) * banks + bank].Y[side][0] : w.gates[c.slot * heads + id].S[0],
+                (1 + two) * kTile * 2, full);
+      if (state) bring_state<64>(m.H[s / r % STAGES], states, rows_of_state(c.slot), full, bank);
+    }
+    return;
+  }
   float h[8][4];
   auto each_element = [&](bool broadcast, auto&& f) {
 #pragma unroll
@@ -73,25 +94,6 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
   with_states(ends.first[side], reverse ? DType::f32 : p.state_dtype,
               [&](const auto* in) { each_element(ends.broadcast, [&](float& x, int64_t i) { x = to_float(in[i]); }); });
 
-  const int steps = chunks * r;
-  auto index_of = [&](int s) { return reverse ? chunks - 1 - s / r : s; };
-  auto rows_of_state = [&](int64_t slot) { return ((slot * p.H + head) * 2 + side) * D + slice * 64; };
-  const TokenMap& x_map = reverse ? side ? maps.d_o : maps.q : side ? maps.v : maps.k;
-  auto load = [&](int s) {
-    if (threadIdx.x || s >= steps) return;
-    const int stage = s % STAGES, x_head = reverse ? head * r + s % r : head;
-    const bool state = reverse && s % r == 0;
-    if (s >= STAGES) wait(m.free + stage, (s / STAGES - 1) & 1);
-    const Chunk c = chunk_of(p, m.sequence, index_of(s), kChunk);
-    uint64_t* const full = m.full + stage;
-    arrive_expecting(full, (2 + state + two) * kTile * 2);
-    bring_tokens<64, true>(m.X[stage], x_map, p, c, x_head, full, slice * 64);
-    bulk_load(m.Y[stage],
-              reverse ? reinterpret_cast<const Left*>(w.saved)[(c.slot * p.HQ + x_head) * banks + bank].Y[side][0] : w.gates[c.slot * heads + id].S[0],
-              (1 + two) * kTile * 2, full);
-    if (state) bring_state<64>(m.H[s / r % STAGES], states, rows_of_state(c.slot), full, bank);
-  };
-  for (int s = 0; s < STAGES; ++s) load(s);
   int stage = 0;
   uint32_t parity = 0;
   // What the chunk at a step is multiplied with; of the next one on its way before it is needed.
@@ -113,57 +115,64 @@ __global__ __launch_bounds__(kThreads, STAGES == 3 ? 2 : 1) void scan_kernel(con
       const int first = step;
       if (step + r < steps) next = factors_of(step + r);
       E* const out = m.out[reverse ? 0 : step % 2];
-      if (reverse) {
-        scale_rows(h, f.out[0], f.out[1]);
-        if (threadIdx.x == 0) bulk_wait();
-        __syncthreads();
-        const auto X = split<E>(h);
-        store_operand<E>(out, X.hi, warp);
-        if (side) store_operand<E>(out + kTile, X.lo, warp);
-      } else {
-        store_transposed<E>(out, h, warp);
-        scale_rows(h, f.in[0], f.in[1]);
-      }
-      publish();
-      __syncthreads();  // `out` is whole
-      if (!reverse) {
-        store_state<64>(boundary + rows_of_state(slot) * p.M, out, p.M, threadIdx.x, bank);
-      } else if (threadIdx.x == 0) {
-        bulk_store<kTile * 2>(w.E0 + (at * 3 + side) * 64 * D + slice * kTile, out);
-        if (side) bulk_store<kTile * 2>(w.E0 + (at * 3 + 2) * 64 * D + slice * kTile, out + kTile);
-        bulk_commit();
-      }
-      if (reverse) {  // <H, dH>
-        wait(m.full + stage, parity);
-        float sum[2];
-        state_products(sum, m.H[step / r % STAGES], h, warp);
-        sum[0] *= f.in[0], sum[1] *= f.in[1];
-        float* edge = w.edge + (at * 2 + side) * D + slice * 64;  // D / 64 parts of 64 slots
-        if ((lane_id() & 3) == 0) edge[row] = sum[0], edge[row + 8] = sum[1];
-        if (f.cut) scale_rows(h, f.in[0], f.in[1]);
-      }
-      int before = 0;  // the stage of the step before this one
+      if (reverse) scale_rows(h, f.out[0], f.out[1]);
+      float x[8][4];  // E, or H as it was: products have their hands on h
+#pragma unroll
+      for (int t = 0; t < 8; ++t)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) x[t][e] = copy(h[t][e]);
+      if (!reverse || f.cut) scale_rows(h, f.in[0], f.in[1]);
       hand_over(h);
-#pragma unroll 1
-      do {
+      auto multiply = [&] {
         wait(m.full + stage, parity);
         if (reverse && D <= 128 && f.cut) from_the_beginning(m.Y[stage], parts == 2, w.factors[at].R, m.sequence.length() - index_of(first) * int64_t(kChunk));
         products_begin();
         product<E, 4, 1, 1>(h, mnmajor(m.Y[stage][0]), mnmajor(m.X[stage]), true);
         if constexpr (parts == 2) product<E, 4, 1, 1>(h, mnmajor(m.Y[stage][1]), mnmajor(m.X[stage]), true);
         products_commit();
-        if (step > first) {
-          products_wait<1>();
-          arrive(m.free + before);
-          load(step + STAGES - 1);
-        }
-        before = stage;
+      };
+      auto next_stage = [&] {
         if (++stage == STAGES) stage = 0, parity ^= 1;
-      } while (++step < first + r);
+      };
+      multiply();
+      if (reverse) {
+        if (threadIdx.x == 0) bulk_wait();
+        sync(1, kThreads);
+        const auto X = split<E>(x);
+        store_operand<E>(out, X.hi, warp);
+        if (side) store_operand<E>(out + kTile, X.lo, warp);
+      } else {
+        store_transposed<E>(out, x, warp);
+      }
+      publish();
+      sync(1, kThreads);  // `out` is whole
+      if (!reverse) {
+        store_state<64>(boundary + rows_of_state(slot) * p.M, out, p.M, threadIdx.x, bank);
+      } else {
+        if (threadIdx.x == 0) {
+          bulk_store<kTile * 2>(w.E0 + (at * 3 + side) * 64 * D + slice * kTile, out);
+          if (side) bulk_store<kTile * 2>(w.E0 + (at * 3 + 2) * 64 * D + slice * kTile, out + kTile);
+          bulk_commit();
+        }
+        float sum[2];
+        state_products(sum, m.H[step / r % STAGES], x, warp);
+        sum[0] *= f.in[0], sum[1] *= f.in[1];
+        float* edge = w.edge + (at * 2 + side) * D + slice * 64;  // D / 64 parts of 64 slots
+        if ((lane_id() & 3) == 0) edge[row] = sum[0], edge[row + 8] = sum[1];
+      }
+      int before = stage;  // the stage of the step before this one
+      next_stage();
+#pragma unroll 1
+      while (++step < first + r) {
+        multiply();
+        products_wait<1>();
+        arrive(m.free + before);
+        before = stage;
+        next_stage();
+      }
       products_wait<0>();
       hand_over(h);
       arrive(m.free + before);
-      load(step + STAGES - 1);
       if (!reverse) scale_rows(h, f.out[0], f.out[1]);
       else if (!f.cut) scale_rows(h, f.in[0], f.in[1]);
     }
@@ -183,7 +192,7 @@ void scan(const BackwardParams& p, const ScanEnds& ends, void* boundary, const B
   auto for_size = [&]<class E, int D>() {
     const int64_t blocks = p.N * p.H * banks_of(p) * sides * (D / 64);
     auto run = [&]<int STAGES>() {
-      launch_early(reverse ? "hopper_cotangents" : "hopper_states", scan_kernel<E, D, reverse, STAGES>, blocks, kThreads, sizeof(ScanShared<E, STAGES>),
+      launch_early(reverse ? "hopper_cotangents" : "hopper_states", scan_kernel<E, D, reverse, STAGES>, blocks, kThreads + 32, sizeof(ScanShared<E, STAGES>),
                    p.stream, p, ends, static_cast<E*>(boundary), Backward<E>(w), sides, maps, states);
     };
     blocks > hopper_multiprocessors() ? run.template operator()<3>() : run.template operator()<6>();

@@ -1055,7 +1055,7 @@ template <class E>
       Arith<E>::split_pair((a.x + b.x) * f.x, (a.y + b.y) * f.y, hi, lo);
     }
   publish();
-  __syncthreads();
+  sync(1, 128);
 }
 
 // Two neighbouring elements of a gradient, in its type: E, or fp32 for gates that are.
