@@ -312,6 +312,21 @@ def test_nothing_leaks_between_packed_sequences(cuda):
         assert torch.equal(o[:, :70], want[:, :70]) and torch.equal(o[:, 120:], want[:, 120:]) and o[:, 75:90].isnan().any()
 
 
+@once
+@pytest.mark.parametrize("M", [64, 128])
+def test_same_bits_under_load(M, cuda):
+    """More blocks than the GPU has room for, each with the tiles of several query heads in the same place: nothing is overwritten while it is read."""
+    x = make_inputs(4, 512, 32, 8, 128, 128, M, mode="given", dtype=BF16, device=cuda)
+    leaves = {name: x[name].requires_grad_() for name in "qkvsg"}
+    o = chunk_gsa(**x)[0]
+    cotangent = torch.randn_like(o)
+    first = torch.autograd.grad(o, leaves.values(), cotangent, retain_graph=True)
+    for _ in range(30):
+        again = torch.autograd.grad(o, leaves.values(), cotangent, retain_graph=True)
+        for name, a, b in zip(leaves, first, again):
+            assert torch.equal(a, b), f"d{name}: {a.ne(b).sum()} numbers differ"
+
+
 def check_pool(x, N, padding, times=3):
     """Sequences that start from rows of a pool and leave their states there: bits as without a pool, again and again; no other row is touched.
 
