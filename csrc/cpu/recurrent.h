@@ -110,7 +110,7 @@ template <class T> void recurrent_forward(const ForwardParams& params) {
         const Scratch scratch(measure.used());
         Arena arena(scratch.memory);
         Token<T> token = plan(arena);
-        const auto load_state = [&](T* to, const void* from, int64_t row, int64_t size) GSA_LAMBDA {
+        const auto start_from = [&](T* to, const void* from, int64_t row, int64_t size) GSA_LAMBDA {
           if (from) load_row(to, from, row * size, size, p.state_dtype);
           else std::memset(static_cast<void*>(to), 0, size * sizeof(T));
         };
@@ -122,8 +122,8 @@ template <class T> void recurrent_forward(const ForwardParams& params) {
           }
           const Sequence seq = sequence(p, n);
           const Rows k = rows(p.k, seq, h, p.reverse), v = rows(p.v, seq, h, p.reverse), g = rows(p.g, seq, h, p.reverse), s = rows(p.s, seq, h, p.reverse);
-          load_state(Hk, p.hk0, row0, KM);
-          load_state(Hv, p.hv0, row0, MV);
+          start_from(Hk, p.hk0, row0, KM);
+          start_from(Hv, p.hv0, row0, MV);
           for (int64_t t = 0; t < seq.length; ++t) {
             for (int i = 0; i < r; ++i) token.read(token.q + i * token.Kp, token.Kp, rows(p.q, seq, h * r + i, p.reverse), t, K, T(p.scale));
             token.read(token.k, token.Kp, k, t, K);

@@ -148,8 +148,7 @@ namespace {
 // they are kept for backward. Where backward goes in parts the states are made as it would make them again, and may find them kept. In walks every query head of a group,
 // or segment, starts from a pool's row by itself, and not the block that starts with it may be the one that leaves it: they are counted.
 struct HopperPlan {
-  bool walks, fuses, images, few;
-  bool counts;
+  bool walks, fuses, images, few, counts;
   int64_t cut, started, starts, states, products, bytes;   // offsets; the images are at 0
   explicit HopperPlan(const Params& p)
       : walks(hopper_walks(p)),

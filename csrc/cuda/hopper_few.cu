@@ -233,7 +233,8 @@ __global__ __launch_bounds__(kThreads) void pass_kernel(const __grid_constant__ 
       }
     }
   }
-  with_states(ends.last[side], reverse ? DType::f32 : p.state_dtype, [&](auto* out) { each_element(false, [&](float& x, int64_t i) { put(out[i], x); }); });
+  with_states(ends.last[side], reverse ? DType::f32 : p.state_dtype,
+              [&](auto* out) { each_element(false, [&](float& x, int64_t i) { store_rounded(out[i], x); }); });
 #endif
 }
 

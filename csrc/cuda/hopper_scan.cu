@@ -20,7 +20,7 @@ namespace {
 
 using namespace hopper;
 
-constexpr int kThreads = 128, kBringer = kThreads;  // the warpgroup; the first thread of the warp that brings
+constexpr int kThreads = 128;  // of the warpgroup; one more warp brings
 
 template <class E, int STAGES>
 struct ScanShared {
@@ -63,7 +63,7 @@ __global__ __launch_bounds__(kThreads + 32,
   auto rows_of_state = [&](int64_t slot) { return ((slot * p.H + head) * 2 + side) * D + slice * 64; };
   const TokenMap& x_map = reverse ? side ? maps.d_o : maps.q : side ? maps.v : maps.k;
   if (threadIdx.x >= kThreads) {
-    if (threadIdx.x != kBringer) return;
+    if (threadIdx.x != kThreads) return;
     for (int s = 0; s < steps; ++s) {
       const int stage = s % STAGES, x_head = reverse ? head * r + s % r : head;
       const bool state = reverse && s % r == 0;
@@ -179,7 +179,8 @@ __global__ __launch_bounds__(kThreads + 32,
   };
   if (two) go.template operator()<2>();
   else go.template operator()<1>();
-  with_states(ends.last[side], reverse ? DType::f32 : p.state_dtype, [&](auto* out) { each_element(false, [&](float& x, int64_t i) { put(out[i], x); }); });
+  with_states(ends.last[side], reverse ? DType::f32 : p.state_dtype,
+              [&](auto* out) { each_element(false, [&](float& x, int64_t i) { store_rounded(out[i], x); }); });
   if (reverse && threadIdx.x == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 #endif
 }

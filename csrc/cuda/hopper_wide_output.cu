@@ -299,7 +299,7 @@ __global__ __launch_bounds__(GROUPS * 128, 1) void wide_values_kernel(const __gr
     }
     scale_rows(h, f.out[0], f.out[1]);
   }
-  with_states(p.hvT, p.state_dtype, [&](auto* out) { each_element(false, [&](float& x, int64_t i) { put(out[i], x); }); });
+  with_states(p.hvT, p.state_dtype, [&](auto* out) { each_element(false, [&](float& x, int64_t i) { store_rounded(out[i], x); }); });
 #endif
 }
 

@@ -50,14 +50,8 @@ __device__ inline void strengths(float (&s)[4][4], const E* S, int half, int row
 // Write strengths, s = S R.
 template <class E>
 __device__ inline void strengths(float (&s)[4][4], const E* S, const float (&R)[4][4], int half, int row) {
-  const uint32_t S_row = place(S, row, frag_col()) ^ (half * 64);
-#pragma unroll
-  for (int t = 0; t < 4; ++t)
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float2 x = both_at<E>((S_row + h * 1024) ^ (t * 16));
-      s[t][2 * h] = x.x * R[t][2 * h], s[t][2 * h + 1] = x.y * R[t][2 * h + 1];
-    }
+  strengths(s, S, half, row);
+  times(s, R);
 }
 
 // p = softmax(scale o1) over all shares, o1 = o + d s, dp + b s the cotangent of p; then e in the place of o, Yk R in that of dp, and Yv R in y:

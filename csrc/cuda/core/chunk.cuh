@@ -159,7 +159,7 @@ __device__ __forceinline__ void with_states(Void* states, DType t, F&& f) {
   else f(static_cast<Wide*>(states));
 }
 template <class T>
-__device__ inline void put(T& to, float x) {
+__device__ inline void store_rounded(T& to, float x) {
   to = from_float<T>(x);
 }
 

@@ -232,7 +232,7 @@ __global__ __launch_bounds__(128, ScanShared<Cfg>::blocks_per_sm) void state_sca
     A::template from_tile_t<rows>(op, s.x + warp * 16, ldx);
     A::template mma_nn<MT, rows>(acc, op, s.y, ldy);
   }
-  with_states(values ? a.hv_out : a.hk_out, type, [&](auto* out) { each_element([&](float x, int64_t i) { put(out[state + i], x); }); });
+  with_states(values ? a.hv_out : a.hk_out, type, [&](auto* out) { each_element([&](float x, int64_t i) { store_rounded(out[state + i], x); }); });
 }
 
 }  // namespace gsa::cuda
