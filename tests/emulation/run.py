@@ -19,7 +19,8 @@ import build
 
 # One of twelve cases of each test; what is left out has no kernel, or takes too long here.
 SUBSET = ["tests/emulation", "tests/test_hopper.py", "tests/test_accuracy.py", "tests/test_inputs.py", "tests/test_beside.py", "--one-of", "12"]
-LONG = ["environment_decides", "walk_backward_only", "block_for_all_heads", "more_chunks_than", "test_pool", "under_load", "several_windows_among", "many_rows", "test_long"]
+LONG = ["environment_decides", "walk_backward_only", "block_for_all_heads", "more_chunks_than", "test_pool", "under_load", "several_windows_among"]
+LONG += ["many_rows", "test_long"]
 ELSEWHERE = ["rotate_is_the_formula"]  # expects of tensors of the CPU what the CPU does
 NO_KERNEL = ["fp64", "float64", "window_attention", "opcheck", "fake", "compile"]
 SUBSET += ["-k", f"emulation or not ({' or '.join([*LONG, *ELSEWHERE, *NO_KERNEL])})"]
