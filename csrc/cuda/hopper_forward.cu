@@ -178,6 +178,7 @@ __device__ __forceinline__ void forward_half(const ForwardParams& p, E* boundary
       hand_over(H);
       scale_rows(H, w.out[row], w.out[row + 8]);
       if (stores_S) bulk_wait();
+      if constexpr (images) publish();
       sync(own, 128);  // every warp is done with the tile
       if (kept(tid) >= 0) arrive(m.window_free + window.i);  // always; without a branch in this place the compiler spills three times as much
       store_transposed<E>(tile, H, warp);

@@ -436,7 +436,7 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __gr
         }
       products_wait<0>();
       hand_over(inner_all);
-      publish();  // what was read of Y has arrived, before the next one may come in its place: an arrival by itself does not wait for that
+      publish();  // Y was read by ordinary loads, too
       arrive(m.free + stage_of(step));
     }
     arrive(&m.finished), wait(&m.finished, 0);  // either may be a step ahead of the other

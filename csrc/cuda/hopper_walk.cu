@@ -389,6 +389,7 @@ __device__ __forceinline__ void walk_keys(const BackwardParams& p, WalkShared<E,
         hand_over(dx);
         if (last) {
           scale_rows(dH, factors.in[row], factors.in[row + 8]);
+          publish();
           arrive(&m.done);
           sync(own, 128);  // this warpgroup is done with the tokens
           load_A(i - 1);

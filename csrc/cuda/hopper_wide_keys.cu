@@ -128,6 +128,7 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_keys_kernel(const __grid
         load_operand(S0, t, warp), load_operand(S1, t + kTile, warp);
         load_transposed(x0, t + 2 * kTile, warp);
         if (now.side) load_transposed(x1, t + 3 * kTile, warp);
+        publish();
         continue;
       }
       if (now.head == 0) zero(dx);
@@ -156,6 +157,7 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_keys_kernel(const __grid
       if (now.side == 2) break;
       if (now.operands) {
         if (!now.side) load_operand(x0, t + 2 * kTile, warp), load_operand(x1, t + 3 * kTile, warp);
+        publish();
         continue;
       }
       zero(dq);

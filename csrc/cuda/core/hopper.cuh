@@ -74,7 +74,8 @@ __device__ inline void wait(uint64_t* barrier, uint32_t parity) {
 }
 // All `threads` threads that name this barrier.
 __device__ inline void sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-// What this thread wrote to shared memory is seen by products that start after the next barrier.
+// Before a barrier. What this thread wrote to shared memory is seen by products that start after it, and what it reads there has been read before the copy engine, told by
+// the barrier, overwrites it: an arrival by itself does not wait for loads whose values are used later (a place freed without this was seen to be overwritten first).
 __device__ inline void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // One arrival for each warp.
 __device__ inline void arrive_warp(uint64_t* barrier) {
