@@ -59,6 +59,7 @@ template <class E, int D>
 __global__ __launch_bounds__(kWideThreads, 2) void wide_keys_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ InputMaps maps,
                                                                     const __grid_constant__ CUtensorMap states, const __grid_constant__ Backward<E> w) {
 #if GSA_HOPPER
+  after_the_last_kernel();
   extern __shared__ __align__(1024) char memory[];
   auto& m = *reinterpret_cast<WideKeysShared<E>*>(memory);
   constexpr int slices = D / 64;
@@ -283,8 +284,8 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_keys_kernel(const __grid
 void hopper_wide_keys(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w) {
   const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, kChunk);
   select_wide(p, [&]<class E, int D>() {
-    launch("hopper_wide_keys", wide_keys_kernel<E, D>, slots * p.H, kWideThreads, sizeof(WideKeysShared<E>), p.stream, p, input_maps(p),
-           boundary_map(p, boundary), Backward<E>(w));
+    launch_early("hopper_wide_keys", wide_keys_kernel<E, D>, slots * p.H, kWideThreads, sizeof(WideKeysShared<E>), p.stream, p, input_maps(p),
+                 boundary_map(p, boundary), Backward<E>(w));
   });
 }
 

@@ -50,6 +50,7 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_scores_kernel(const __gr
                                                                       const __grid_constant__ CUtensorMap states, const GateImage<E>* images,
                                                                       Scores<E>* scores) {
 #if GSA_HOPPER
+  after_the_last_kernel();
   extern __shared__ __align__(1024) char memory[];
   auto& m = *reinterpret_cast<WideOutputShared<E>*>(memory);
   auto& exact = *reinterpret_cast<Exact*>(m.tiles);
@@ -197,6 +198,7 @@ template <class E, int D, int GROUPS, int STAGES>
 __global__ __launch_bounds__(GROUPS * 128, 1) void wide_values_kernel(const __grid_constant__ ForwardParams p, E* boundary, const GateImage<E>* images,
                                                                       const Scores<E>* scores) {
 #if GSA_HOPPER
+  after_the_last_kernel();
   extern __shared__ __align__(1024) char memory[];
   auto& m = *reinterpret_cast<WideValuesShared<E, GROUPS, STAGES>*>(memory);
   constexpr int parts = D / 64 / GROUPS;
@@ -314,12 +316,12 @@ void hopper_wide_output(const ForwardParams& p, const void* boundary, const void
   select_wide(p, [&]<class E, int D>() {
     const auto* gates = static_cast<const GateImage<E>*>(images);
     auto* const scores = static_cast<Scores<E>*>(room);
-    launch("hopper_wide_scores", wide_scores_kernel<E, D>, slots * p.HQ, kWideThreads, sizeof(WideOutputShared<E>), p.stream, p,
-           input_maps(static_cast<const Params&>(p)), boundary_map(p, boundary), gates, scores);
+    launch_early("hopper_wide_scores", wide_scores_kernel<E, D>, slots * p.HQ, kWideThreads, sizeof(WideOutputShared<E>), p.stream, p,
+                 input_maps(static_cast<const Params&>(p)), boundary_map(p, boundary), gates, scores);
     const int64_t blocks = p.N * p.H * (D / 128);
     auto run = [&]<int GROUPS, int STAGES>() {
-      launch("hopper_wide_values", wide_values_kernel<E, D, GROUPS, STAGES>, blocks * 2 / GROUPS, GROUPS * 128, sizeof(WideValuesShared<E, GROUPS, STAGES>),
-             p.stream, p, static_cast<E*>(p.boundary), gates, scores);
+      launch_early("hopper_wide_values", wide_values_kernel<E, D, GROUPS, STAGES>, blocks * 2 / GROUPS, GROUPS * 128,
+                   sizeof(WideValuesShared<E, GROUPS, STAGES>), p.stream, p, static_cast<E*>(p.boundary), gates, scores);
     };
     blocks * 10 >= hopper_multiprocessors() * 7 ? run.template operator()<2, 3>() : run.template operator()<1, 4>();
   });

@@ -89,6 +89,7 @@ template <class E, int D>
 __global__ __launch_bounds__(kWideThreads, 2) void wide_queries_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ InputMaps maps,
                                                                        const __grid_constant__ CUtensorMap states, const __grid_constant__ Backward<E> w) {
 #if GSA_HOPPER
+  after_the_last_kernel();
   extern __shared__ __align__(1024) char memory[];
   auto& m = *reinterpret_cast<WideQueriesShared<E>*>(memory);
   auto& exact = *reinterpret_cast<Exact*>(m.tiles);
@@ -322,8 +323,8 @@ __global__ __launch_bounds__(kWideThreads, 2) void wide_queries_kernel(const __g
 void hopper_wide_queries(const BackwardParams& p, const void* boundary, const BackwardWorkspace& w) {
   const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, kChunk);
   select_wide(p, [&]<class E, int D>() {
-    launch("hopper_wide_queries", wide_queries_kernel<E, D>, slots * p.HQ, kWideThreads, sizeof(WideQueriesShared<E>), p.stream, p, input_maps(p),
-           boundary_map(p, boundary), Backward<E>(w));
+    launch_early("hopper_wide_queries", wide_queries_kernel<E, D>, slots * p.HQ, kWideThreads, sizeof(WideQueriesShared<E>), p.stream, p, input_maps(p),
+                 boundary_map(p, boundary), Backward<E>(w));
   });
 }
 

@@ -454,6 +454,7 @@ template <class E, int D>
 __global__ __launch_bounds__(kThreads, 1) void wide_walk_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ InputMaps maps,
                                                                 const __grid_constant__ CUtensorMap states, const __grid_constant__ Backward<E> w) {
 #if GSA_HOPPER
+  after_the_last_kernel();
   extern __shared__ __align__(1024) char memory[];
   auto& m = *reinterpret_cast<WideWalkShared<E>*>(memory);
   const int role = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
@@ -505,16 +506,18 @@ void hopper_wide_walk(const BackwardParams& p, const void* boundary, const Backw
     if (blocks <= 0) return;
     if (blocks > 2147483647LL) throw std::runtime_error("gsa_ext: hopper_wide_walk: more than 2^31 - 1 blocks of work; split the batch");
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(sizeof(WideWalkShared<E>))), name);
-    cudaLaunchAttribute cluster;
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {kCluster, 1, 1};
+    cudaLaunchAttribute attributes[2]{};
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {kCluster, 1, 1};
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;  // as launch_early
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(blocks));
     config.blockDim = dim3(kThreads);
     config.dynamicSmemBytes = sizeof(WideWalkShared<E>);
     config.stream = static_cast<cudaStream_t>(p.stream);
-    config.attrs = &cluster;
-    config.numAttrs = 1;
+    config.attrs = attributes;
+    config.numAttrs = 2;
     check_launch(cudaLaunchKernelEx(&config, kernel, p, input_maps(p), boundary_map(p, boundary), Backward<E>(w)), name);
     launch("hopper_wide_gates", wide_gates_kernel<E, D>, boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, kChunk) * p.H, 256, 0, p.stream, p,
            Backward<E>(w));

@@ -79,6 +79,7 @@ template <class... P, class... A>
 cudaError_t start(const cudaLaunchConfig_t* c, void (*kernel)(P...), const A&... a) {
   dim3 cluster(1);
   for (unsigned i = 0; i < c->numAttrs; ++i) {
+    if (c->attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization) continue;  // a kernel ends before the next one begins
     if (c->attrs[i].id != cudaLaunchAttributeClusterDimension) fail("a launch attribute that is not emulated: %d", int(c->attrs[i].id));
     cluster = dim3(c->attrs[i].val.clusterDim.x, c->attrs[i].val.clusterDim.y, c->attrs[i].val.clusterDim.z);
   }
