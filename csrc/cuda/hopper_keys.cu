@@ -54,18 +54,11 @@ struct KeysShared {
 };
 static_assert(sizeof(KeysShared<bf16, 128, 1>) <= 113 * 1024 && sizeof(KeysShared<bf16, 128, 2>) <= 227 * 1024);
 
-// The end: ds and dg of half of the slots of a bank. `terms`: room for two tiles of each warpgroup. exact: inner is true, outer the cotangents after the chunk times
-// exp(G_end - G), S is s, a plain fp32 tile as exp_g is.
-template <bool exact, int D, int BANKS, class E>
-__device__ __forceinline__ void gate_gradients(const BackwardParams& p, const Backward<E>& w, const Chunk& c, int head, float (&inner)[4][4],
-                                               float (&outer)[4][4], float (&diagonal)[4][4], const E* S, const float* exp_g, E* terms, int own, int tid,
-                                               int heads) {
-  const int r = p.HQ / p.H, bank = own % BANKS, half = own / BANKS, warp = __shfl_sync(0xffffffffu, tid / 32, 0);
-  const int row = warp * 16 + frag_row(), col = half * 32 + frag_col();
-  const int64_t at = (c.slot * p.H + head) * BANKS;
-  const GateImage<E>* const image = w.gates + at;
-  const bool coupled = p.s.ptr == nullptr;
-  float T[4][4], s[4][4];  // terms of dg from the back; if exact write strengths, then exp(g). From the front in the place of outer, ds in that of inner
+// e of a group, half of a bank's slots: the sum over what blocks of hopper_queries.cu have left.
+template <int BANKS, class E>
+__device__ __forceinline__ void sum_of_e(float (&T)[4][4], const BackwardParams& p, const Backward<E>& w, const Chunk& c, int head, int own, int tid,
+                                         int heads) {
+  const int r = p.HQ / p.H, bank = own % BANKS, half = own / BANKS;
   zero(T);
 #pragma unroll 1
   for (int h = 0; h < r; h += heads) {
@@ -76,6 +69,30 @@ __device__ __forceinline__ void gate_gradients(const BackwardParams& p, const Ba
       T[t][0] += y.x, T[t][1] += y.y, T[t][2] += y.z, T[t][3] += y.w;
     }
   }
+}
+
+// The end: ds and dg of half of the slots of a bank. `terms`: room for two tiles of each warpgroup. exact: inner is true, outer the cotangents after the chunk times
+// exp(G_end - G), S is s, a plain fp32 tile as exp_g is.
+template <bool exact, int D, int BANKS, class E>
+__device__ __forceinline__ void gate_gradients(const BackwardParams& p, const Backward<E>& w, const Chunk& c, int head, float (&inner)[4][4],
+                                               float (&outer)[4][4], float (&diagonal)[4][4], const E* S, const float* exp_g, E* terms, int own, int tid,
+                                               float (&T)[4][4]) {
+  const int r = p.HQ / p.H, bank = own % BANKS, half = own / BANKS, warp = __shfl_sync(0xffffffffu, tid / 32, 0);
+  const int row = warp * 16 + frag_row(), col = half * 32 + frag_col();
+  const int64_t at = (c.slot * p.H + head) * BANKS;
+  const GateImage<E>* const image = w.gates + at;
+  const bool coupled = p.s.ptr == nullptr;
+  // What is needed last is sent for first.
+  const int pair = half * 32 + (lane_id() & 15) * 2;
+  const float* const edges = w.edge + (at + bank) * 2 * D + pair;
+  float2 edge = make_float2(0.f, 0.f), start = edge;
+#pragma unroll
+  for (int i = 0; i < D / 32; ++i) {
+    const float2 x = *reinterpret_cast<const float2*>(edges + i * 64);
+    edge.x += x.x, edge.y += x.y;
+  }
+  if (!exact) start = *reinterpret_cast<const float2*>(image[bank].start + pair);
+  float s[4][4];  // T: terms of dg from the back. If exact write strengths, then exp(g). From the front in the place of outer, ds in that of inner
   if constexpr (exact) {
     load_plain(s, reinterpret_cast<const float*>(S), row, col);
 #pragma unroll
@@ -114,21 +131,11 @@ __device__ __forceinline__ void gate_gradients(const BackwardParams& p, const Ba
       }
   }
   __syncthreads();  // everybody has what it was given
-  const float* const edges = w.edge + (at + bank) * 2 * D;
   store_gate_gradients(
-      p, [&] { return c; }, head, bank, half, T, outer, inner, terms, 2 + own, warp,
-      [&](int slot) {
-        float2 edge = make_float2(0.f, 0.f);
-#pragma unroll
-        for (int i = 0; i < D / 32; ++i) {
-          const float2 x = *reinterpret_cast<const float2*>(edges + i * 64 + slot);
-          edge.x += x.x, edge.y += x.y;
-        }
-        return edge;
-      },
+      p, [&] { return c; }, head, bank, half, T, outer, inner, terms, 2 + own, warp, [&](int) { return edge; },
       [&](int token, int slot, float2& dg) {
         if (!exact && token) return;
-        const float2 a = *reinterpret_cast<const float2*>(exact ? exp_g + token * kSlots + slot : image[bank].start + slot);
+        const float2 a = exact ? *reinterpret_cast<const float2*>(exp_g + token * kSlots + slot) : start;
         if (a.x == 0.f) dg.x = 0.f;
         if (a.y == 0.f) dg.y = 0.f;
       });
@@ -318,8 +325,10 @@ __device__ __forceinline__ void exact_keys(const BackwardParams& p, const Backwa
   for (int t = 0; t < 4; ++t)
 #pragma unroll
     for (int e = 0; e < 4; ++e) outer[t][e] *= decay[t][e];
+  float T[4][4];
+  sum_of_e<BANKS>(T, p, w, c, head, own, tid, heads);
   gate_gradients<true, D, BANKS>(p, w, c, head, inner, outer, diagonal, reinterpret_cast<const E*>(m.s[bank]), m.a[bank],
-                                 reinterpret_cast<E*>(m.X) + own * 2 * kTile, own, tid, heads);
+                                 reinterpret_cast<E*>(m.X) + own * 2 * kTile, own, tid, T);
 #endif
 }
 
@@ -516,6 +525,8 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __gr
     arrive(&m.finished), wait(&m.finished, 0);  // either may be a step ahead of the other
     if (BANKS > 1) put(m.outer_of(bank), outer_all, tid);
   }
+  float T[4][4];
+  sum_of_e<BANKS>(T, p, w, c, head, own, tid, heads);
   __syncthreads();
   if (half) {
     const float4* const from = reinterpret_cast<const float4*>(m.given(bank)) + tid;
@@ -529,7 +540,7 @@ __global__ __launch_bounds__(256 * BANKS, 3 - BANKS) void keys_kernel(const __gr
   get(outer, m.outer_of(bank) + half * 4 * 512, tid);
 
   E* const terms = reinterpret_cast<E*>(m.stage) + (own + (BANKS == 1)) * 2 * kTile;  // with one bank behind what was given
-  gate_gradients<false, D, BANKS>(p, w, c, head, inner, outer, diagonal, m.S[bank][0], static_cast<const float*>(nullptr), terms, own, tid, heads);
+  gate_gradients<false, D, BANKS>(p, w, c, head, inner, outer, diagonal, m.S[bank][0], static_cast<const float*>(nullptr), terms, own, tid, T);
 #endif
 }
 
