@@ -33,8 +33,8 @@ def test_the_environment_decides(cuda, kernels_of, monkeypatch):
     packed = make_inputs(lengths=[600, 600], dtype=BF16, device=cuda)
     ways = {
         "segments": {"join_kernel", "forward_kernel", "keys_kernel"},
-        "parts": {"scan_kernel", "output_kernel", "keys_kernel"},
         "few": {"products_kernel", "pass_kernel", "output_kernel", "keys_kernel"},
+        "parts": {"scan_kernel", "output_kernel", "keys_kernel"},
         "hopper": {"forward_kernel", "walk_kernel", "fused_kernel"},
         "portable": {"chunk_output", "backward_keys"},
     }
@@ -213,6 +213,33 @@ def test_more_chunks_than_are_on_their_way(dtype, D, M, r, strong, cuda):
     check(chunk_gsa, x)
 
 
+@pytest.mark.parametrize("hopper", ["few"], indirect=True)
+@pytest.mark.parametrize("gate", [2.0, 8.0, "shut", "-inf"])
+@pytest.mark.parametrize("dtype,D,M,r", [(BF16, 128, 64, 4), (FP16, 64, 24, 1), (BF16, 128, 128, 2)])
+def test_parts_of_a_sequence(dtype, D, M, r, gate, cuda, monkeypatch):
+    """Three of at most six chunks, beside each other: heads that forget within half of one are scanned as one part would be; others, one of which never forgets
+    a slot, element by element."""
+    x = make_inputs(2, 1000, 2 * r, 2, D, D, M, mode="given", gate=gate, dtype=dtype, device=cuda, initial_state=True)
+    x["g"][1, :, 0, 5] = 0
+    check(chunk_gsa, x)
+    few = chunk_gsa(**x, output_final_state=True)[1]
+    monkeypatch.setenv("GSA_KERNELS", "parts")
+    for a, b in zip(few, chunk_gsa(**x, output_final_state=True)[1]):
+        if gate == 2.0:
+            assert torch.equal(a[0], b[0]) and torch.equal(a[1, 1], b[1, 1]) and not torch.equal(a[1, 0], b[1, 0])
+        elif gate == 8.0:
+            assert not torch.equal(a[0], b[0])
+
+
+@pytest.mark.parametrize("hopper", ["few"], indirect=True)
+@pytest.mark.parametrize("gate", [2.0, 8.0, "-inf"])
+def test_parts_of_wide_heads(gate, cuda):
+    """Backward; the first part's blocks have all of a head that does not forget."""
+    x = make_inputs(2, 1000, 4, 2, 256, 256, 40, mode="given", gate=gate, dtype=BF16, device=cuda, initial_state=True)
+    x["g"][1, :, 0, 5] = 0
+    check(chunk_gsa, x)
+
+
 @pytest.mark.parametrize("r", [1, 3])
 @pytest.mark.parametrize("D,M", [(64, 64), (128, 64), (128, 128)])
 def test_strong_gates_in_one_head_of_one_sequence(D, M, r, cuda):
@@ -372,6 +399,15 @@ def test_pool_of_rows(gate, D, r, cuda):
         for n, head, first in ((0, 1, 10), (2, 3, 200), (3, 7, 450), (5, 0, 0), (5, 0, 499)):
             x["g"][n, first : first + 40, head] *= 400
     check_pool(x, 6, [4])
+
+
+@pytest.mark.parametrize("hopper", ["few"], indirect=True)
+@pytest.mark.parametrize("D,M,r", [(64, 64, 1), (128, 128, 2)])
+def test_pool_of_parts(D, M, r, cuda):
+    """The first part of a sequence starts from the state that the last one leaves; one head never forgets."""
+    x = make_inputs(3, 700, 2 * r, 2, D, D, M, gate=1.0, dtype=BF16, device=cuda)
+    x["g"][2, :, 0, 5] = 0
+    check_pool(x, 3, [1])
 
 
 @wide

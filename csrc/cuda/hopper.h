@@ -70,6 +70,17 @@ int64_t hopper_wide_scores_bytes(const Params& p);
 // forward or backward: the two ways' states differ in their last bits.
 bool hopper_few(const Params& p);
 int64_t hopper_products_bytes(const Params& p);
+// Parts of a sequence that scan_kernel goes through beside each other, and the chunks of each, where sequences and heads are few: where hopper_few, and in reverse.
+// A part begins as many chunks early as the gates leave anything of, with zeros. A head where that is more than half of a part is left to the first part's blocks;
+// where hopper_few, to its kernels.
+constexpr int kScanPartsAtMost = 32;
+struct ScanParts {
+  int count = 1, chunks = 0;
+  int* far = nullptr;  // [N, H, banks]: whether it is left to them
+  float* last =
+      nullptr;  // the states at the end, as ScanEnds, for pass_kernel to put where they belong: in a pool that is where the first part's states come from
+};
+ScanParts hopper_scan_parts(const Params& p);
 
 int64_t hopper_backward_workspace(const Params& p);
 void hopper_backward(const BackwardParams& p);
@@ -107,5 +118,6 @@ struct ScanEnds {
   bool broadcast;
 };
 void hopper_scan_few(const BackwardParams& p, bool reverse, const ScanEnds& ends, void* boundary, const BackwardWorkspace& w);
+void hopper_scan(const BackwardParams& p, bool reverse, const ScanEnds& ends, void* boundary, const BackwardWorkspace& w, int sides, const ScanParts& parts);
 
 }  // namespace gsa::cuda

@@ -12,6 +12,9 @@
 // pass_kernel: a thread has two slots and two dimensions, a block 512 elements: forward 64 slots and 8 dimensions, backward 8 slots and 64 dimensions, so that states
 // and E are written, P and states read in whole sectors. Each thread brings what it needs itself, kGroups groups of kGroup chunks ahead; nobody waits for others
 // but for the sums of the edges, once a group.
+//
+// Where gates forget, all that is 128 bytes of P for an element of the state that need not be: scan_kernel goes through several parts of a sequence beside each other, each
+// from as many chunks before it as anything is left of, and says of which heads there is more than that (ScanParts). Only those are done here.
 #include "core/hopper.cuh"
 #include "core/select.cuh"
 #include "hopper.h"
@@ -36,70 +39,93 @@ constexpr int64_t products_shared(int heads) {
 // P of a chunk, head, bank and side: [D / 2][64 slots][2]. Where the elements (slot, d) and (slot, d + 1) are, d even.
 [[maybe_unused]] __device__ inline int product_at(int slot, int d) { return d * 64 + slot * 2; }
 
+// far: nullptr, or of each head and bank of a sequence whether anything is to be done. units: one a block, or several where there may be nothing to do.
 template <class E, int D, bool reverse>
-__global__ __launch_bounds__(kThreads, 4) void products_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ Backward<E> w,
-                                                               float* products) {
+__global__ __launch_bounds__(kThreads, reverse&& D == 128 ? 3 : 4) void products_kernel(const __grid_constant__ BackwardParams p,
+                                                                                        const __grid_constant__ Backward<E> w, float* products, const int* far,
+                                                                                        int units) {
 #if GSA_HOPPER
   after_the_last_kernel();
   extern __shared__ __align__(1024) char memory[];
   auto* const stages = reinterpret_cast<ProductTiles<E, D>*>(memory);
-  const int r = reverse ? p.HQ / p.H : 1;
-  auto* const full = reinterpret_cast<uint64_t*>(stages + min(r, kStages));
-  // What the pass reads first is made last: it may still be in the L2.
-  const int id = reverse ? blockIdx.x : gridDim.x - 1 - blockIdx.x, side = id % 2;
-  const int banks = banks_of(p), bank = id / 2 % banks, head = id / 2 / banks % p.H;
-  Chunk c;
-  if (!find_chunk(p, id / 2 / banks / p.H, kChunk, c)) return;
+  const int r = reverse ? p.HQ / p.H : 1, count = min(r, kStages), banks = banks_of(p);
+  auto* const full = reinterpret_cast<uint64_t*>(stages + count);
+  if (far) {
+    bool some = false;
+    for (int i = threadIdx.x; i < p.N * p.H * banks; i += kThreads) some |= far[i] != 0;
+    if (!__syncthreads_or(some)) return;
+  }
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) init(full + i, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
-  const GateImage<E>& image = w.gates[id / 2];
-  const bool two = !reverse || side || exact_dH(p);  // parts of Y
-  auto load = [&](int h) {
-    if (h < r) {
-      auto& tiles = stages[h % kStages];
-      const int64_t x_head = head * r + h;
+  struct Unit {
+    int number, id;  // units: there is none
+    Chunk c;
+  };
+  auto find = [&](int number) {
+    Unit u{number};
+    for (; u.number < units; u.number += gridDim.x) {
+      u.id = reverse ? u.number : units - 1 - u.number;  // what the pass reads first is made last: it may still be in the L2
+      if (find_chunk(p, u.id / 2 / banks / p.H, kChunk, u.c) && (!far || far[u.c.seq.n * p.H * banks + u.id / 2 % (p.H * banks)])) break;
+    }
+    return u;
+  };
+  int before = 0;  // query heads of the units before this one
+  auto load = [&](const Unit& u, int h) {
+    if (u.number < units && h < r) {
+      const int stage = (before + h) % count, side = u.id % 2, bank = u.id / 2 % banks, head = u.id / 2 / banks % p.H, x_head = head * r + h;
+      auto& tiles = stages[stage];
       if (threadIdx.x == 0) {
-        const uint32_t bytes = (1 + two) * kTile * 2;
-        arrive_expecting(full + h % kStages, bytes);
-        bulk_load(tiles.Y, reverse ? w.saved[(c.slot * p.HQ + x_head) * banks + bank].Y[side][0] : image.S[0], bytes, full + h % kStages);
+        const uint32_t bytes = (!reverse || side || exact_dH(p) ? 2 : 1) * kTile * 2;
+        arrive_expecting(full + stage, bytes);
+        bulk_load(tiles.Y, reverse ? w.saved[(u.c.slot * p.HQ + x_head) * banks + bank].Y[side][0] : w.gates[u.id / 2].S[0], bytes, full + stage);
       }
-      load_tokens<D, kThreads>(tiles.X, rows_of(reverse ? side ? p.d_o : p.q : side ? p.v : p.k, c, x_head), c.length, threadIdx.x);
+      load_tokens<D, kThreads>(tiles.X, rows_of(reverse ? side ? p.d_o : p.q : side ? p.v : p.k, u.c, x_head), u.c.length, threadIdx.x);
     }
     cp_async_commit();
   };
-  load(0), load(1);
+  Unit unit = find(blockIdx.x);
+  load(unit, 0), load(unit, 1);
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), row = warp * 16 + frag_row();
-  const bool cut = reverse && image.cut;
-  const float* const f = reverse ? image.in : image.out;
-  const float top = cut ? 1.f : f[row], bottom = cut ? 1.f : f[row + 8];
-  float P[D / 8][4];
 #pragma unroll 1
-  for (int h = 0; h < r; ++h) {
-    auto& tiles = stages[h % kStages];
-    cp_async_wait_for<1>();
-    wait(full + h % kStages, h / kStages & 1);
-    publish();
-    __syncthreads();
-    if (cut) from_the_beginning(tiles.Y, two, w.factors[id / 2].R, c.length);
-    hand_over(P);
-    products_begin();
-    product<E, 4, 1, 1>(P, mnmajor(tiles.Y[0]), mnmajor(tiles.X), h > 0);
-    if (two) product<E, 4, 1, 1>(P, mnmajor(tiles.Y[1]), mnmajor(tiles.X), true);
-    products_commit();
-    products_wait<0>();
-    hand_over(P);
-    if (h + kStages < r) __syncthreads();  // everybody is done with the tiles
-    load(h + kStages);
-  }
-  scale_rows(P, top, bottom);
-  float* const to = products + int64_t(id) * (64 * D) + product_at(row, frag_col());
+  while (unit.number < units) {
+    const int id = unit.id;
+    const GateImage<E>& image = w.gates[id / 2];
+    const bool two = !reverse || id % 2 || exact_dH(p), cut = reverse && image.cut;  // two: parts of Y
+    const float* const f = reverse ? image.in : image.out;
+    const float top = cut ? 1.f : f[row], bottom = cut ? 1.f : f[row + 8];
+    float P[D / 8][4];
+#pragma unroll 1
+    for (int h = 0; h < r; ++h) {
+      const int step = before + h;
+      auto& tiles = stages[step % count];
+      cp_async_wait_for<1>();
+      wait(full + step % count, step / count & 1);
+      publish();
+      __syncthreads();
+      if (cut) from_the_beginning(tiles.Y, two, w.factors[id / 2].R, unit.c.length);
+      hand_over(P);
+      products_begin();
+      product<E, 4, 1, 1>(P, mnmajor(tiles.Y[0]), mnmajor(tiles.X), h > 0);
+      if (two) product<E, 4, 1, 1>(P, mnmajor(tiles.Y[1]), mnmajor(tiles.X), true);
+      products_commit();
+      products_wait<0>();
+      hand_over(P);
+      __syncthreads();  // everybody is done with the tiles
+      if (h + 1 < r) load(unit, h + count);
+    }
+    before += r;
+    unit = find(unit.number + gridDim.x);
+    load(unit, 0), load(unit, 1);
+    scale_rows(P, top, bottom);
+    float* const to = products + int64_t(id) * (64 * D) + product_at(row, frag_col());
 #pragma unroll
-  for (int t = 0; t < D / 8; ++t) {
-    *reinterpret_cast<float2*>(to + product_at(0, t * 8)) = make_float2(P[t][0], P[t][1]);
-    *reinterpret_cast<float2*>(to + product_at(8, t * 8)) = make_float2(P[t][2], P[t][3]);
+    for (int t = 0; t < D / 8; ++t) {
+      *reinterpret_cast<float2*>(to + product_at(0, t * 8)) = make_float2(P[t][0], P[t][1]);
+      *reinterpret_cast<float2*>(to + product_at(8, t * 8)) = make_float2(P[t][2], P[t][3]);
+    }
   }
 #endif
 }
@@ -126,7 +152,7 @@ __device__ inline void store_two(E* to, int other, uint32_t x, uint32_t y) {
 
 template <class E, int D, bool reverse>
 __global__ __launch_bounds__(kThreads) void pass_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ ScanEnds ends, E* boundary,
-                                                        const __grid_constant__ Backward<E> w, const float* products) {
+                                                        const __grid_constant__ Backward<E> w, const float* products, const __grid_constant__ ScanParts done) {
 #if GSA_HOPPER
   after_the_last_kernel();
   extern __shared__ __align__(1024) char memory[];
@@ -145,16 +171,24 @@ __global__ __launch_bounds__(kThreads) void pass_kernel(const __grid_constant__ 
   const int state_slot = bank * kSlots + slot;
   const bool stored = state_slot < p.M;  // and the next one
   float h[2][2] = {};  // [slot][dimension]
-  auto each_element = [&](bool broadcast, auto&& f) {
+  auto each_element = [&](int64_t of, auto&& f) {
     if (stored)
 #pragma unroll
       for (int s = 0; s < 2; ++s)
 #pragma unroll
-        for (int e = 0; e < 2; ++e)
-          f(h[s][e], ((broadcast ? 0 : pool_row) * p.H + head) * D * p.M + (side ? (state_slot + s) * D + d + e : (d + e) * p.M + state_slot + s));
+        for (int e = 0; e < 2; ++e) f(h[s][e], (of * p.H + head) * D * p.M + (side ? (state_slot + s) * D + d + e : (d + e) * p.M + state_slot + s));
   };
+  auto leave = [&] {
+    with_states(ends.last[side], reverse ? DType::f32 : p.state_dtype,
+                [&](auto* out) { each_element(pool_row, [&](float& x, int64_t i) { store_rounded(out[i], x); }); });
+  };
+  if (done.count > 1 && !done.far[seq.n * heads + id]) {
+    if (!ends.last[side]) return;
+    each_element(p.N * side + seq.n, [&](float& x, int64_t i) { x = done.last[i]; });
+    return leave();
+  }
   with_states(ends.first[side], reverse ? DType::f32 : p.state_dtype,
-              [&](const auto* in) { each_element(ends.broadcast, [&](float& x, int64_t i) { x = to_float(in[i]); }); });
+              [&](const auto* in) { each_element(ends.broadcast ? 0 : pool_row, [&](float& x, int64_t i) { x = to_float(in[i]); }); });
 
   // Counted in chunks, heads and banks: the first one that is passed, and from one to the next.
   const int64_t first_slot = seq.slot + (reverse ? chunks - 1 : 0), first = first_slot * heads + id, step = reverse ? -heads : heads;
@@ -233,19 +267,38 @@ __global__ __launch_bounds__(kThreads) void pass_kernel(const __grid_constant__ 
       }
     }
   }
-  with_states(ends.last[side], reverse ? DType::f32 : p.state_dtype,
-              [&](auto* out) { each_element(false, [&](float& x, int64_t i) { store_rounded(out[i], x); }); });
+  leave();
 #endif
 }
 
+// In the room for the products: they themselves, then ScanParts::last, then ScanParts::far.
+struct Room {
+  int64_t last, far, bytes;
+  explicit Room(const Params& p) {
+    const bool parts = hopper_scan_parts(p).count > 1;
+    last = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, kChunk) * p.H * banks_of(p) * 2 * 64 * p.K * static_cast<int64_t>(sizeof(float));
+    far = last + (parts ? 2 * p.N * p.H * p.K * p.M * static_cast<int64_t>(sizeof(float)) : 0);
+    bytes = far + (parts ? p.N * p.H * banks_of(p) * static_cast<int64_t>(sizeof(int)) : 0);
+  }
+};
+
 template <bool reverse>
 void scan_few(const BackwardParams& p, const ScanEnds& ends, void* boundary, const BackwardWorkspace& w) {
-  const int64_t slots = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, kChunk);
+  const int64_t units = boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, kChunk) * p.H * banks_of(p) * 2;
+  const Room room(p);
+  ScanParts parts = hopper_scan_parts(p);
+  if (parts.count > 1) {
+    char* const base = reinterpret_cast<char*>(w.products);
+    parts.last = reinterpret_cast<float*>(base + room.last), parts.far = reinterpret_cast<int*>(base + room.far);
+    hopper_scan(p, reverse, ends, boundary, w, 2, parts);
+  }
   select_hopper(p, [&]<class E, int D>() {
-    launch_early(reverse ? "hopper_cotangents: products" : "hopper_states: products", products_kernel<E, D, reverse>, slots * p.H * banks_of(p) * 2, kThreads,
-                 products_shared<E, D>(reverse ? std::min(p.HQ / p.H, kStages) : 1), p.stream, p, Backward<E>(w), w.products);
+    launch_early(reverse ? "hopper_cotangents: products" : "hopper_states: products", products_kernel<E, D, reverse>,
+                 parts.far ? std::min(units, int64_t(64) * hopper_multiprocessors()) : units, kThreads,
+                 products_shared<E, D>(reverse ? std::min(p.HQ / p.H, kStages) : 1), p.stream, p, Backward<E>(w), w.products,
+                 static_cast<const int*>(parts.far), static_cast<int>(units));
     launch_early(reverse ? "hopper_cotangents" : "hopper_states", pass_kernel<E, D, reverse>, p.N * p.H * banks_of(p) * 2 * (D / 8), kThreads,
-                 sizeof(PassShared<reverse>), p.stream, p, ends, static_cast<E*>(boundary), Backward<E>(w), static_cast<const float*>(w.products));
+                 sizeof(PassShared<reverse>), p.stream, p, ends, static_cast<E*>(boundary), Backward<E>(w), static_cast<const float*>(w.products), parts);
   });
 }
 
@@ -260,9 +313,7 @@ bool hopper_few(const Params& p) {
   return 2 * blocks <= hopper_multiprocessors() && p.T >= 16 * kChunk * sequences;
 }
 
-int64_t hopper_products_bytes(const Params& p) {
-  return boundary_slots(p.B, p.T, p.N, p.cu_seqlens != nullptr, kChunk) * p.H * banks_of(p) * 2 * 64 * p.K * static_cast<int64_t>(sizeof(float));
-}
+int64_t hopper_products_bytes(const Params& p) { return Room(p).bytes; }
 
 void hopper_scan_few(const BackwardParams& p, bool reverse, const ScanEnds& ends, void* boundary, const BackwardWorkspace& w) {
   reverse ? scan_few<true>(p, ends, boundary, w) : scan_few<false>(p, ends, boundary, w);
