@@ -77,8 +77,7 @@ constexpr int kScanPartsAtMost = 32;
 struct ScanParts {
   int count = 1, chunks = 0;
   int* far = nullptr;  // [N, H, banks]: whether it is left to them
-  float* last =
-      nullptr;  // the states at the end, as ScanEnds, for pass_kernel to put where they belong: in a pool that is where the first part's states come from
+  float* last = nullptr;  // the states at the end, as ScanEnds: pass_kernel puts them where they belong, in a pool where the first part's come from
 };
 ScanParts hopper_scan_parts(const Params& p);
 
