@@ -73,6 +73,7 @@ int64_t hopper_products_bytes(const Params& p);
 // Parts of a sequence that scan_kernel goes through beside each other, and the chunks of each, where sequences and heads are few: where hopper_few, and in reverse.
 // A part begins as many chunks early as the gates leave anything of, with zeros. A head where that is more than half of a part is left to the first part's blocks;
 // where hopper_few, to its kernels.
+int64_t hopper_scan_blocks(const Params& p);  // of scan_kernel, in one part
 constexpr int kScanPartsAtMost = 32;
 struct ScanParts {
   int count = 1, chunks = 0;

@@ -13,8 +13,8 @@
 // and E are written, P and states read in whole sectors. Each thread brings what it needs itself, kGroups groups of kGroup chunks ahead; nobody waits for others
 // but for the sums of the edges, once a group.
 //
-// Where gates forget, all that is 128 bytes of P for an element of the state that need not be: scan_kernel goes through several parts of a sequence beside each other, each
-// from as many chunks before it as anything is left of, and says of which heads there is more than that (ScanParts). Only those are done here.
+// Where gates forget, P need not be written and read: scan_kernel goes through several parts of a sequence beside each other, each from as many chunks before it as anything
+// is left of, and says for which heads that would be too many (ScanParts). Only those are done here.
 #include "core/hopper.cuh"
 #include "core/select.cuh"
 #include "hopper.h"
@@ -309,8 +309,8 @@ void scan_few(const BackwardParams& p, const ScanEnds& ends, void* boundary, con
 bool hopper_few(const Params& p) {
   if (hopper_wide(p)) return false;
   if (const Kernels wanted = wanted_kernels(); wanted == Kernels::few || wanted == Kernels::parts) return wanted == Kernels::few;
-  const int64_t blocks = p.N * p.H * banks_of(p) * 2 * (p.K / 64), sequences = p.cu_seqlens ? p.N : 1;  // in a row of T tokens
-  return 2 * blocks <= hopper_multiprocessors() && p.T >= 16 * kChunk * sequences;
+  const int64_t sequences = p.cu_seqlens ? p.N : 1;  // in a row of T tokens
+  return 2 * hopper_scan_blocks(p) <= hopper_multiprocessors() && p.T >= 16 * kChunk * sequences;
 }
 
 int64_t hopper_products_bytes(const Params& p) { return Room(p).bytes; }

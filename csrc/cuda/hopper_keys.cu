@@ -71,18 +71,18 @@ __device__ __forceinline__ void sum_of_e(float (&T)[4][4], const BackwardParams&
   }
 }
 
-// The end: ds and dg of half of the slots of a bank. `terms`: room for two tiles of each warpgroup. exact: inner is true, outer the cotangents after the chunk times
-// exp(G_end - G), S is s, a plain fp32 tile as exp_g is.
+// The end: ds and dg of half of the slots of a bank. T: sum_of_e, which becomes the terms of dg from the back; `terms`: room for two tiles of each warpgroup.
+// exact: inner is true, outer the cotangents after the chunk times exp(G_end - G), S is s, a plain fp32 tile as exp_g is.
 template <bool exact, int D, int BANKS, class E>
 __device__ __forceinline__ void gate_gradients(const BackwardParams& p, const Backward<E>& w, const Chunk& c, int head, float (&inner)[4][4],
                                                float (&outer)[4][4], float (&diagonal)[4][4], const E* S, const float* exp_g, E* terms, int own, int tid,
                                                float (&T)[4][4]) {
-  const int r = p.HQ / p.H, bank = own % BANKS, half = own / BANKS, warp = __shfl_sync(0xffffffffu, tid / 32, 0);
+  const int bank = own % BANKS, half = own / BANKS, warp = __shfl_sync(0xffffffffu, tid / 32, 0);
   const int row = warp * 16 + frag_row(), col = half * 32 + frag_col();
   const int64_t at = (c.slot * p.H + head) * BANKS;
   const GateImage<E>* const image = w.gates + at;
   const bool coupled = p.s.ptr == nullptr;
-  // What is needed last is sent for first.
+  // What is needed last is sent for first, of the two slots that store_gate_gradients gives this thread.
   const int pair = half * 32 + (lane_id() & 15) * 2;
   const float* const edges = w.edge + (at + bank) * 2 * D + pair;
   float2 edge = make_float2(0.f, 0.f), start = edge;
@@ -92,7 +92,7 @@ __device__ __forceinline__ void gate_gradients(const BackwardParams& p, const Ba
     edge.x += x.x, edge.y += x.y;
   }
   if (!exact) start = *reinterpret_cast<const float2*>(image[bank].start + pair);
-  float s[4][4];  // T: terms of dg from the back. If exact write strengths, then exp(g). From the front in the place of outer, ds in that of inner
+  float s[4][4];  // if exact write strengths, then exp(g). Terms of dg from the front in the place of outer, ds in that of inner
   if constexpr (exact) {
     load_plain(s, reinterpret_cast<const float*>(S), row, col);
 #pragma unroll

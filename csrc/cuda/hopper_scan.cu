@@ -78,7 +78,7 @@ __global__ __launch_bounds__(kThreads + 32,
   const int head = id / banks, bank = id % banks, part = blockIdx.x / (sides * slices) / heads % parts.count;
   const int64_t n = blockIdx.x / (sides * slices) / heads / parts.count;
   const int64_t pool_row = state_row(p, n);
-  const bool says = parts.far && part + slice + side == 0 && threadIdx.x == 0;  // whether the head is done here
+  const bool says = parts.far && part + slice + side == 0 && threadIdx.x == 0;  // the one thread of a head that notes whether it is left to others
   if (pool_row < 0 || w.elsewhere(p, n, head)) {
     if (says) parts.far[n * heads + id] = false;
     return;
@@ -272,9 +272,11 @@ BackwardParams with_inputs(const Params& p) {
 
 }  // namespace
 
+int64_t hopper_scan_blocks(const Params& p) { return p.N * p.H * banks_of(p) * 2 * (p.K / 64); }
+
 // Two blocks to a multiprocessor, and parts that it pays to begin early for.
 ScanParts hopper_scan_parts(const Params& p) {
-  const int64_t chunks = ceil_div(p.T, kChunk), blocks = p.N * p.H * banks_of(p) * 2 * (p.K / 64);
+  const int64_t chunks = ceil_div(p.T, kChunk), blocks = hopper_scan_blocks(p);
   int64_t count = std::min({int64_t(2) * hopper_multiprocessors() / max(blocks, int64_t(1)), chunks / 32, int64_t(kScanPartsAtMost)});
   if (wanted_kernels() == Kernels::few) count = std::min(chunks / 2, int64_t(3));  // to be seen at work in short sequences, too
   if (p.cu_seqlens || count < 2 || 2 * blocks > hopper_multiprocessors()) return {};

@@ -38,7 +38,7 @@ inline int shared_memory() {
 }
 
 // Which of the chunk kernels run: GSA_KERNELS=portable, =hopper (walks, where there is one), =segments (walks of several segments of a sequence), =parts (for
-// Hopper, never a walk; the scans over chunks in one kernel) or =few (the same, the scans in two: hopper_few.cu) in the environment, for tests and measurements; else
+// Hopper, never a walk; the scans over chunks in one kernel) or =few (the same, the scans as for few heads: hopper_few.cu) in the environment, for tests and measurements; else
 // whichever is the fastest.
 enum class Kernels { automatic, portable, hopper, segments, parts, few };
 inline Kernels wanted_kernels() {
