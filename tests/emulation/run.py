@@ -7,6 +7,9 @@
 
 compiles what has changed and runs pytest, with the tests' `cuda` and `device` the CPU, whose tensors go to the kernels for CUDA. In the environment:
 GSA_EMULATION_SEED (default 1) is what chance starts from, in each test; GSA_EMULATION=early or late: asynchronous work is done at once, or when waited for.
+
+Blocks run one after the other, in an order of chance, with early and late in that of the grid. Where one waits for blocks before it in the grid (pools of
+groups and of segments: tests test_pool...) only the latter is right.
 """
 
 from __future__ import annotations
